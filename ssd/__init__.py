@@ -1,0 +1,28 @@
+"""SSD: Single Shot MultiBox Detector (Liu et al., 2016, https://arxiv.org/abs/1512.02325)."""
+
+from .backbones import SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
+from .boxes import BoxCoder, pairwise_iou
+from .default_boxes import DefaultBoxGenerator
+from .head import SSDHead
+from .matcher import SSDMatcher
+from .model import SSD, ssd300_resnet18, ssd300_vgg16
+from .weights import is_enum_name, load_file, load_state_dict
+
+MODELS = {"ssd300_vgg16": ssd300_vgg16, "ssd300_resnet18": ssd300_resnet18}
+
+__all__ = [
+    "MODELS",
+    "SSD",
+    "BoxCoder",
+    "DefaultBoxGenerator",
+    "SSDFeatureExtractorResNet",
+    "SSDFeatureExtractorVGG",
+    "SSDHead",
+    "SSDMatcher",
+    "is_enum_name",
+    "load_file",
+    "load_state_dict",
+    "pairwise_iou",
+    "ssd300_resnet18",
+    "ssd300_vgg16",
+]

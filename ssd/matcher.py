@@ -1,0 +1,39 @@
+"""Matching of default boxes with ground truth (paper section 2.2, "Matching strategy").
+
+Dimension key: B images, A default boxes, G ground-truth slots.
+"""
+
+import torch
+from torch import Tensor
+
+UNMATCHED = -1
+
+
+class SSDMatcher:
+    """Matches each default box with the object it overlaps most, if their IoU reaches the threshold.
+
+    So that no object goes without a default box, each object then takes the default box that overlaps it most. Where
+    several objects want the same one, the last in order wins, as in torchvision; amax makes that hold on every device.
+    """
+
+    def __init__(self, iou_threshold: float = 0.5):
+        self.iou_threshold = iou_threshold
+
+    def __call__(self, iou: Tensor, is_object: Tensor) -> Tensor:
+        """
+        Args:
+            iou: [B, G, A], G >= 1.
+            is_object: bool [B, G], False for the empty slots of the padding.
+
+        Returns:
+            int64 [B, A]: the ground-truth slot of each default box, or ``UNMATCHED``.
+        """
+        iou = iou.masked_fill(~is_object[..., None], -1)
+        best_iou, best_slot = iou.max(dim=1)  # [B, A]
+        matches = best_slot.masked_fill(best_iou < self.iou_threshold, UNMATCHED)
+
+        best_default_box = iou.argmax(dim=2)  # [B, G]
+        slots = torch.arange(iou.shape[1], device=iou.device).expand_as(is_object)
+        slots = slots.masked_fill(~is_object, UNMATCHED)
+        forced = torch.full_like(matches, UNMATCHED).scatter_reduce(1, best_default_box, slots, reduce="amax")
+        return torch.where(forced == UNMATCHED, matches, forced)
