@@ -57,7 +57,7 @@ class DefaultBoxGenerator:
     def box_sizes(self, k: int) -> Tensor:
         """Widths and heights of the boxes of one cell of feature map ``k``, as fractions of the image: [boxes, 2]."""
         scale, next_scale = self.scales[k], self.scales[k + 1]
-        sizes = [(scale, scale)] + [(math.sqrt(scale * next_scale),) * 2]
+        sizes = [(scale, scale), (math.sqrt(scale * next_scale),) * 2]
         for ratio in self.aspect_ratios[k]:
             width, height = scale * math.sqrt(ratio), scale / math.sqrt(ratio)
             sizes += [(width, height), (height, width)]

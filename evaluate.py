@@ -1,0 +1,261 @@
+"""Scores a checkpoint on a validation set in COCO format.
+
+    python evaluate.py --checkpoint out/checkpoint.pth --data-path /data/coco
+    torchrun --nproc-per-node=8 evaluate.py --checkpoint SSD300_VGG16_Weights.COCO_V1 --data-path /data/coco
+
+Prints the COCO table and writes metrics.json, detections.json and, with --pictures, pictures of what was found.
+"""
+
+import argparse
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import coco_utils
+import pictures
+import presets
+import shapes
+import ssd
+import utils
+from coco_utils import CocoAnnotations
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MIN_PICTURED_SCORE = 0.3
+
+
+@torch.inference_mode()
+def detect(
+    model: ssd.SSD, loader: DataLoader, category_id_of: dict[int, int], autocast: AbstractContextManager
+) -> dict:
+    """Runs ``model`` over the batches of ``loader``.
+
+    Returns:
+        ``image_ids`` that were seen, and their ``detections`` as an array [N, 7], see
+        ``coco_utils.detections_to_array``.
+
+    Raises:
+        FloatingPointError: the model predicts boxes or scores that are not finite.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    image_ids, arrays = [], []
+    for batch in loader:
+        with autocast:
+            outputs = model(batch["image"].to(device, non_blocking=True))
+        if not all(output.isfinite().all() for output in outputs.values()):
+            raise FloatingPointError(
+                f"the model's predictions are not finite on images {batch['image_id'].tolist()}: its weights are broken"
+            )
+        results = model.postprocess_detections(outputs, batch["size"].to(device))
+        for image_id, detections in zip(batch["image_id"].tolist(), results, strict=True):
+            image_ids.append(image_id)
+            arrays.append(coco_utils.detections_to_array(image_id, detections, category_id_of))
+    return {"image_ids": image_ids, "detections": np.concatenate([np.zeros((0, 7)), *arrays])}
+
+
+def evaluate(
+    model: ssd.SSD,
+    annotations: CocoAnnotations,
+    images_dir: str | Path,
+    *,
+    batch_size: int,
+    workers: int,
+    autocast: AbstractContextManager,
+    scorer: str,
+) -> tuple[dict, ndarray] | None:
+    """Detects on every image once, shared among all processes, and scores on the main one.
+
+    Args:
+        model: predicts the labels of ``annotations.label_of``.
+        annotations: the ground truth.
+        images_dir: folder of its images.
+        batch_size, workers: of the loader, per process.
+        autocast: context for the forward pass.
+        scorer: see ``coco_utils.score_detections``.
+
+    Returns:
+        On the main process the metrics of ``coco_utils.score_detections`` and all detections [N, 7]; None elsewhere.
+    """
+    share = range(utils.rank(), len(annotations.image_ids), utils.world_size())
+    preset = presets.DetectionPresetEval(size=model.size)
+    dataset = coco_utils.CocoEvalDataset(annotations, images_dir, preset, share)
+    loader = DataLoader(dataset, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
+    category_id_of = {label: category_id for category_id, label in annotations.label_of.items()}
+    shares = utils.gather_to_main(detect(model, loader, category_id_of, autocast))
+    if shares is None:
+        return None
+    image_ids = np.concatenate([share["image_ids"] for share in shares])
+    assert np.array_equal(np.sort(image_ids), np.sort(annotations.image_ids)), "an image is missing or came twice"
+    detections = np.concatenate([share["detections"] for share in shares])
+    detections = detections[np.argsort(detections[:, 0], kind="stable")]  # the same order for any number of processes
+    return coco_utils.score_detections(annotations, detections, scorer), detections
+
+
+def draw_detections(
+    annotations: CocoAnnotations, images_dir: str | Path, detections: ndarray, num_pictures: int
+) -> list[Tensor]:
+    """The first images with ground truth (left) and detections over ``MIN_PICTURED_SCORE`` (right), uint8 [3, H, W]."""
+    label_of, drawn = annotations.label_of, []
+    for row in range(min(num_pictures, len(annotations.image_ids))):
+        image = coco_utils.load_image(annotations, Path(images_dir), row)
+        objects = slice(*annotations.offsets[row : row + 2])
+        found = detections[(detections[:, 0] == annotations.image_ids[row]) & (detections[:, 5] >= MIN_PICTURED_SCORE)]
+        sides = []
+        for caption, boxes, category_ids, scores in (
+            ("ground truth", annotations.boxes[objects], annotations.category_ids[objects], None),
+            (f"detections, score >= {MIN_PICTURED_SCORE}", found[:, 1:5], found[:, 6], found[:, 5]),
+        ):
+            names = [annotations.categories[category_id] for category_id in category_ids.tolist()]
+            texts = (
+                names if scores is None else [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+            )
+            labels = [label_of[category_id] for category_id in category_ids.tolist()]
+            corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+            sides.append(pictures.draw_boxes(image, corners, labels, texts, caption))
+        drawn.append(pictures.side_by_side(*sides))
+    return drawn
+
+
+def find_data(args: argparse.Namespace, split: str) -> tuple[Path, Path]:
+    """Image folder and annotation file of a split, ``train`` or ``val``, as the flags name them.
+
+    Raises:
+        ValueError: the flags name neither a data path nor the files of the split.
+    """
+    root = args.data_path
+    if args.dataset == "shapes":
+        root = root or "data/shapes"
+        with utils.main_first():
+            shapes.draw_data_set(root)
+    images, annotations = getattr(args, f"{split}_images"), getattr(args, f"{split}_annotations")
+    if root is None and not (images and annotations):
+        raise ValueError(
+            f"--data-path is missing: give the folder of a COCO data set, or --{split}-images and "
+            f"--{split}-annotations; --dataset shapes needs neither"
+        )
+    return Path(images or f"{root}/{split}2017"), Path(annotations or f"{root}/annotations/instances_{split}2017.json")
+
+
+def load_model(checkpoint: str, model_name: str | None, annotations: CocoAnnotations) -> ssd.SSD:
+    """The model of a checkpoint (ours, torchvision's, a state dict, or an enum name), which must know the annotations.
+
+    Raises:
+        ValueError: it cannot be read, or it was trained on other classes.
+    """
+    content = {} if ssd.is_enum_name(checkpoint) else ssd.load_file(checkpoint)
+    if "categories" in content:
+        model_name = content["args"]["model"]
+        check_categories(content["categories"], annotations, checkpoint)
+    model = ssd.MODELS[model_name or "ssd300_vgg16"](weights=checkpoint, weights_backbone=None)
+    if model.num_classes != annotations.num_classes:
+        raise ValueError(
+            f"{checkpoint}: predicts {model.num_classes} classes (background included), "
+            f"but {annotations.path} needs {annotations.num_classes}"
+        )
+    return model
+
+
+def describe_categories(annotations: CocoAnnotations) -> list[dict]:
+    """The classes of a data set, for its checkpoints."""
+    label_of = annotations.label_of
+    return [{"label": label_of[i], "id": i, "name": annotations.categories[i]} for i in sorted(label_of)]
+
+
+def check_categories(known: list[dict], annotations: CocoAnnotations, checkpoint: str) -> None:
+    """Raises ValueError unless the classes of a checkpoint are those of the annotations."""
+    wanted = describe_categories(annotations)
+    if known != wanted:
+        difference = next(c for c in [*known, *wanted] if (c in known) != (c in wanted))
+        owner = checkpoint if difference in known else annotations.path
+        raise ValueError(
+            f"{checkpoint} and {annotations.path} have different classes: "
+            f"only {owner} has {difference['name']!r} as category {difference['id']}"
+        )
+
+
+def write_reports(output_dir: Path, metrics: dict, detections: ndarray) -> None:
+    """Writes metrics.json and detections.json."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    coco_utils.write_results(output_dir / "detections.json", detections)
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def write_pictures(output_dir: Path, drawn: list[Tensor]) -> None:
+    folder = output_dir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(drawn):
+        pictures.save_png(picture, folder / f"{number:04d}.png")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that train.py and evaluate.py share."""
+    data = parser.add_argument_group("validation data")
+    data.add_argument("--dataset", choices=["coco", "shapes"], help="COCO format, or the embedded set of drawn shapes")
+    data.add_argument(
+        "--data-path", help="folder with train2017, val2017 and annotations (default: data/shapes for it)"
+    )
+    data.add_argument("--val-images", help="image folder, for another layout than COCO's")
+    data.add_argument("--val-annotations", help="annotation file, for another layout than COCO's")
+    data.add_argument("-b", "--batch-size", type=positive, help="images per process (default: %(default)s)")
+    data.add_argument("-j", "--workers", type=int, help="loader processes per process (default: %(default)s)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--device", choices=["cuda", "cpu"], help="default: the GPU if there is one")
+    run.add_argument("--amp", nargs="?", const="bf16", choices=list(AMP_DTYPES), help="mixed precision, bf16 if bare")
+    run.add_argument("--output-dir", help="folder for everything that is written (default: %(default)s)")
+    parser.set_defaults(dataset="coco", workers=4)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def make_autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    return torch.autocast(device.type, AMP_DTYPES.get(amp), enabled=amp is not None)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="file, or SSD300_VGG16_Weights.COCO_V1")
+    parser.add_argument("--model", choices=list(ssd.MODELS), help="only for a bare state dict (default: ssd300_vgg16)")
+    parser.add_argument("--scorer", choices=["pycocotools", "hotcoco"], default="pycocotools", help="same figures")
+    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="draw the first N images with boxes")
+    add_common_arguments(parser)
+    parser.set_defaults(batch_size=8, output_dir="out")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    device = utils.init_distributed(args.device)
+    images_dir, annotations_path = find_data(args, "val")
+    annotations = coco_utils.read_annotations(annotations_path)
+    model = load_model(args.checkpoint, args.model, annotations).to(device)
+    result = evaluate(
+        model,
+        annotations,
+        images_dir,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        autocast=make_autocast(device, args.amp),
+        scorer=args.scorer,
+    )
+    if result is not None:
+        metrics, detections = result
+        print(coco_utils.format_table(metrics))
+        output_dir = Path(args.output_dir)
+        write_reports(output_dir, metrics, detections)
+        write_pictures(output_dir, draw_detections(annotations, images_dir, detections, args.pictures))
+    utils.cleanup_distributed()
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors():
+        main(get_args_parser().parse_args())

@@ -1,0 +1,68 @@
+"""Pictures for people: boxes with class names and scores on images."""
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy import ndarray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CAPTION_HEIGHT = 18
+
+
+def draw_boxes(image: ndarray, boxes: ndarray, labels: Sequence[int], texts: Sequence[str], caption: str) -> Tensor:
+    """A picture with boxes, each in the colour of its class, under a caption.
+
+    Args:
+        image: uint8 [H, W, 3].
+        boxes: [N, 4], xyxy in pixels of ``image``.
+        labels: class of each box.
+        texts: what to write at each box.
+        caption: what to write above the picture.
+
+    Returns:
+        uint8 [3, H + CAPTION_HEIGHT, W].
+    """
+    height, width = image.shape[:2]
+    canvas = Image.new("RGB", (width, height + CAPTION_HEIGHT), "white")
+    canvas.paste(Image.fromarray(image), (0, CAPTION_HEIGHT))
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(13)
+    draw.text((4, 1), caption, fill="black", font=font)
+    line_width = max(2, round(min(height, width) / 200))
+    for box, label, text in zip(boxes.tolist(), labels, texts, strict=True):
+        color = class_color(label)
+        x1, y1, x2, y2 = box[0], box[1] + CAPTION_HEIGHT, box[2], box[3] + CAPTION_HEIGHT
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line_width)
+        # above the box where there is room, else inside its upper edge; never past the right side
+        _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
+        x = max(0, min(x1, width - (right + 4)))
+        y = y1 - bottom - 2 if y1 - bottom - 2 >= CAPTION_HEIGHT else y1
+        draw.rectangle((x, y, x + right + 4, y + bottom + 2), fill=color)
+        draw.text((x + 2, y), text, fill="black", font=font)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def class_color(label: int) -> tuple[int, int, int]:
+    """A bright colour, far from those of neighbouring labels: hues a golden angle apart."""
+    return tuple(round(255 * value) for value in colorsys.hsv_to_rgb(label * 0.381966 % 1, 0.65, 1.0))
+
+
+def side_by_side(left: Tensor, right: Tensor) -> Tensor:
+    """Two pictures [3, H, W] of one size with a white gap between."""
+    gap = left.new_full((3, left.shape[1], 8), 255)
+    return torch.cat((left, gap, right), dim=2)
+
+
+def grid(pictures: Sequence[Tensor], columns: int) -> Tensor:
+    """Pictures of one size [3, H, W] in rows of ``columns``; the last row is filled up with white."""
+    blank = torch.full_like(pictures[0], 255)
+    pictures = [*pictures, *[blank] * (-len(pictures) % columns)]
+    rows = [torch.cat(pictures[i : i + columns], dim=2) for i in range(0, len(pictures), columns)]
+    return torch.cat(rows, dim=1)
+
+
+def save_png(picture: Tensor, path) -> None:
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)

@@ -1,0 +1,390 @@
+"""Trains SSD on a data set in COCO format.
+
+    python train.py --recipe demo                                  # the embedded data set, on any machine
+    torchrun --nproc-per-node=8 train.py --data-path /data/coco    # the recipe of the published 25.1 mAP
+
+Writes checkpoint.pth, best.pth, metrics.jsonl, args.json, pictures and TensorBoard events to --output-dir.
+"""
+
+import argparse
+import bisect
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+import coco_utils
+import evaluate
+import pictures
+import presets
+import ssd
+import utils
+from coco_utils import CocoAnnotations, CocoTrainDataset, EpochBatchSampler
+from presets import DetectionPresetTrain
+
+CHECKPOINT_VERSION = 1
+WARMUP_STEPS = 1000
+WARMUP_START = 1 / 1000
+NUM_LOGGED_IMAGES = 8
+# flags that a resumed run must share with the run that it continues
+FIXED_FLAGS = ("model", "seed", "batch_size", "world_size")
+
+
+@dataclass
+class TrainingState:
+    """Everything that training changes, and so everything that a checkpoint must hold."""
+
+    model: ssd.SSD
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    steps_per_epoch: int
+    best_ap: float = -1.0
+
+    @property
+    def global_step(self) -> int:
+        """Steps done since the start of training."""
+        return self.lr_scheduler.last_epoch
+
+    def update(self, loss: Tensor) -> None:
+        """One step down the gradient of ``loss``."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.lr_scheduler.step()
+
+    def state_dict(self) -> dict:
+        """Tensors and plain data. ``epoch`` is the last complete one, as in torchvision; ``step`` counts since then."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.global_step // self.steps_per_epoch - 1,
+            "step": self.global_step % self.steps_per_epoch,
+            "best_ap": self.best_ap,
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, checkpoint: dict) -> None:
+        """Continues from ``checkpoint``, with the learning rates of this run's flags."""
+        base_lrs = self.lr_scheduler.base_lrs
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"] | {"base_lrs": base_lrs})
+        for group, base_lr, factor in zip(
+            self.optimizer.param_groups, base_lrs, self.lr_scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base_lr * factor(self.global_step)
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.best_ap = checkpoint["best_ap"]
+        torch.set_rng_state(checkpoint["rng"])
+
+
+def train_one_epoch(
+    state: TrainingState,
+    forward: nn.Module,
+    loader: DataLoader,
+    preset: DetectionPresetTrain,
+    autocast: AbstractContextManager,
+    log: utils.StepLog,
+    after_step: Callable[[utils.StepLog], None],
+) -> None:
+    """Trains on every batch of ``loader``; ``forward`` is the model, wrapped for several processes where there are."""
+    state.model.train()
+    device = state.model.default_boxes.device
+    for batch in log.watch(loader):
+        batch = utils.to_device(batch, device)
+        images = preset.on_device(batch)
+        with autocast:
+            outputs = forward(images)
+        losses = state.model.compute_loss(outputs, batch["boxes"], batch["labels"])
+        lr = state.optimizer.param_groups[0]["lr"]
+        state.update(sum(losses.values()))
+        log.update(losses, lr)
+        after_step(log)
+
+
+def lr_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate as a function of the step, as a fraction of ``--lr``.
+
+    Linear warm-up over at most ``WARMUP_STEPS`` within the first epoch, then the reference's decay per epoch.
+    """
+    warmup_steps = min(WARMUP_STEPS, steps_per_epoch - 1)
+
+    def factor(step: int) -> float:
+        epoch = step // steps_per_epoch
+        if args.lr_scheduler == "cosineannealinglr":
+            decay = (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+        else:
+            decay = args.lr_gamma ** bisect.bisect_right(sorted(args.lr_steps), epoch)
+        warmup = 1.0 if step >= warmup_steps else WARMUP_START + (1 - WARMUP_START) * step / warmup_steps
+        return warmup * decay
+
+    return factor
+
+
+def make_model(args: argparse.Namespace, num_classes: int) -> ssd.SSD:
+    keywords = {"weights": args.weights, "num_classes": num_classes}
+    keywords["trainable_backbone_layers"] = args.trainable_backbone_layers
+    if args.weights_backbone is not None:
+        keywords["weights_backbone"] = None if args.weights_backbone == "none" else args.weights_backbone
+    return ssd.MODELS[args.model](**keywords)
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if args.opt == "adamw":
+        return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    nesterov = args.opt == "sgd_nesterov"
+    return torch.optim.SGD(parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=nesterov)
+
+
+def make_loader(args: argparse.Namespace, dataset: CocoTrainDataset, sampler: EpochBatchSampler) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.workers,
+        collate_fn=coco_utils.collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=args.workers > 0,
+    )
+
+
+def resume(args: argparse.Namespace, state: TrainingState, annotations: CocoAnnotations, log: utils.RunLog) -> None:
+    """Continues from ``--resume``; ``auto`` is the output folder's checkpoint, if it has one.
+
+    Raises:
+        ValueError: the file is no training checkpoint, or of a run with another model, data or order of images.
+    """
+    path = Path(args.output_dir) / "checkpoint.pth" if args.resume == "auto" else Path(args.resume)
+    if args.resume == "auto" and not path.exists():
+        log.info(f"--resume auto: there is no {path} yet, starting anew")
+        return
+    checkpoint = ssd.load_file(path)
+    if "lr_scheduler" not in checkpoint or "categories" not in checkpoint:
+        raise ValueError(f"{path}: not a checkpoint of train.py; to start from its weights use --weights {path}")
+    evaluate.check_categories(checkpoint["categories"], annotations, str(path))
+    for name in FIXED_FLAGS:
+        old, new = checkpoint["args"][name], getattr(args, name)
+        if old != new:
+            raise ValueError(
+                f"{path}: was made with --{name.replace('_', '-')} {old}, this run has {new}; they must agree"
+            )
+    state.load_state_dict(checkpoint)
+    log.info(f"Continuing from {path} after {state.global_step} steps")
+
+
+def validate(
+    args: argparse.Namespace, state: TrainingState, val: tuple[CocoAnnotations, Path], epoch: int, log: utils.RunLog
+) -> bool:
+    """Scores the model, logs and draws what it found. Returns, on the main process, whether it is the best so far."""
+    annotations, images_dir = val
+    start = time.perf_counter()
+    result = evaluate.evaluate(
+        state.model,
+        annotations,
+        images_dir,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        autocast=evaluate.make_autocast(state.model.default_boxes.device, args.amp),
+        scorer="hotcoco",
+    )
+    if result is None:
+        return False
+    metrics, detections = result
+    log.info(
+        f"Evaluation after epoch {epoch} ({time.perf_counter() - start:.1f} s)\n{coco_utils.format_table(metrics)}"
+    )
+    log.metrics("val", state.global_step, {name: metrics[name] for name in coco_utils.METRICS}, epoch=epoch)
+    drawn = evaluate.draw_detections(annotations, images_dir, detections, NUM_LOGGED_IMAGES)
+    evaluate.write_pictures(Path(args.output_dir), drawn)
+    for number, picture in enumerate(drawn):
+        log.image(f"detections/{number}", picture, state.global_step)
+    is_best = metrics["AP"] is not None and metrics["AP"] > state.best_ap
+    state.best_ap = max(state.best_ap, metrics["AP"] or 0.0)
+    return is_best
+
+
+def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: utils.RunLog) -> None:
+    """Shows augmented training images with their boxes, as the network sees them."""
+    if not log.enabled:
+        return
+    batch = coco_utils.collate([dataset[0, i] for i in range(min(NUM_LOGGED_IMAGES, len(dataset)))])
+    images = preset.on_device(batch).round().byte().permute(0, 2, 3, 1).numpy()
+    names = {c["label"]: c["name"] for c in evaluate.describe_categories(dataset.annotations)}
+    drawn = []
+    for image, boxes, labels in zip(images, batch["boxes"], batch["labels"], strict=True):
+        is_object = labels > 0
+        texts = [names[label] for label in labels[is_object].tolist()]
+        drawn.append(pictures.draw_boxes(image, boxes[is_object].numpy(), labels[is_object].tolist(), texts, "input"))
+    log.image("inputs", pictures.grid(drawn, columns=4), 0)
+
+
+def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoAnnotations, log: utils.RunLog) -> None:
+    """Says what is trained on, and writes the flags to args.json."""
+    train = dataset.annotations
+    log.info(
+        f"Training on {len(dataset)} of {len(train.image_ids)} images ({train.path}) with {dataset.num_boxes} boxes"
+    )
+    log.info(f"Evaluating on {len(val.image_ids)} images ({val.path}) with {len(val.boxes)} boxes")
+    names = list(train.categories.values())
+    log.info(f"{len(names)} classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    global_batch = f"{args.batch_size * args.world_size} ({args.world_size} x {args.batch_size} images)"
+    log.info(
+        f"Learning rate {args.lr:g} for a global batch of {global_batch}; "
+        f"the recipe {args.recipe} is tuned for {presets.RECIPES[args.recipe]['tuned_for_batch']}"
+    )
+    if args.aspect_ratio_group_factor is not None:
+        log.info("--aspect-ratio-group-factor has no effect: SSD resizes every image to a square")
+    if log.enabled:
+        (Path(args.output_dir) / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+
+
+def describe_checkpoint(args: argparse.Namespace, annotations: CocoAnnotations) -> dict:
+    """What a checkpoint tells about its origin, beside the training state."""
+    return {
+        "args": vars(args),
+        "categories": evaluate.describe_categories(annotations),
+        "version": CHECKPOINT_VERSION,
+        "git": utils.git_commit(),
+    }
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--recipe", choices=list(presets.RECIPES), default=presets.DEFAULT_RECIPE, help="defaults for the other flags"
+    )
+    evaluate.add_common_arguments(parser)
+    data = parser.add_argument_group("training data")
+    data.add_argument("--train-images", help="image folder, for another layout than COCO's")
+    data.add_argument("--train-annotations", help="annotation file, for another layout than COCO's")
+    data.add_argument("--data-augmentation", choices=list(presets.DATA_AUGMENTATIONS), help="default: %(default)s")
+    data.add_argument("--aspect-ratio-group-factor", type=int, help="accepted, without effect: SSD's input is square")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=list(ssd.MODELS), help="default: %(default)s")
+    model.add_argument("--weights", help="start from a whole model: SSD300_VGG16_Weights.COCO_V1 or a file")
+    model.add_argument("--weights-backbone", help="enum name, file or 'none' (default: ImageNet weights)")
+    model.add_argument(
+        "--trainable-backbone-layers", type=int, help="stages that train, from the last (default: 4 of VGG)"
+    )
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--epochs", type=evaluate.positive, help="default: %(default)s")
+    optimization.add_argument("--max-steps", type=evaluate.positive, help="stop after this many steps of the whole run")
+    optimization.add_argument("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
+    optimization.add_argument("--lr", type=float, help="for the global batch; not scaled (default: %(default)s)")
+    optimization.add_argument("--momentum", type=float, help="default: %(default)s")
+    optimization.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, help="default: %(default)s")
+    optimization.add_argument(
+        "--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], help="default: %(default)s"
+    )
+    optimization.add_argument(
+        "--lr-steps", type=int, nargs="+", help="epochs that lower the rate (default: %(default)s)"
+    )
+    optimization.add_argument("--lr-gamma", type=float, help="factor at each of them (default: %(default)s)")
+    optimization.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
+    optimization.add_argument("--use-deterministic-algorithms", action="store_true", help="slower on a GPU")
+    progress = parser.add_argument_group("progress")
+    progress.add_argument(
+        "--print-freq", type=evaluate.positive, default=20, help="steps between lines (default: %(default)s)"
+    )
+    progress.add_argument("--eval-freq", type=int, default=1, help="epochs between evaluations, 0: never (default: 1)")
+    progress.add_argument(
+        "--checkpoint-freq", type=int, default=0, help="steps between checkpoints (default: every epoch)"
+    )
+    progress.add_argument("--resume", help="checkpoint to continue from; 'auto': that of --output-dir, if any")
+    progress.add_argument("--test-only", action="store_true", help="evaluate --resume or --weights, then exit")
+    parser.set_defaults(output_dir="out")
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Flags over the values of the recipe over the values of the default recipe."""
+    parser = get_args_parser()
+    parser.set_defaults(**presets.RECIPES[presets.DEFAULT_RECIPE])
+    recipe = parser.parse_known_args(arguments)[0].recipe
+    parser.set_defaults(**presets.RECIPES[recipe])
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.test_only:
+        checkpoint = args.resume or args.weights
+        if checkpoint is None:
+            raise ValueError("--test-only needs --resume or --weights, to know what to evaluate")
+        evaluate.main(argparse.Namespace(**vars(args), checkpoint=checkpoint, scorer="pycocotools", pictures=0))
+        return
+    device = utils.init_distributed(args.device)
+    args.world_size = utils.world_size()
+    output_dir = Path(args.output_dir)
+    log = utils.RunLog(output_dir)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
+
+    (train_images, train_file), (val_images, val_file) = (evaluate.find_data(args, split) for split in ("train", "val"))
+    train_annotations, val_annotations = coco_utils.read_annotations(train_file), coco_utils.read_annotations(val_file)
+    evaluate.check_categories(evaluate.describe_categories(train_annotations), val_annotations, train_file)
+    model = make_model(args, train_annotations.num_classes).to(device)
+    preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
+    dataset = CocoTrainDataset(train_annotations, train_images, preset, args.seed)
+    sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size())
+    loader = make_loader(args, dataset, sampler)
+    describe_run(args, dataset, val_annotations, log)
+
+    optimizer = make_optimizer(args, model)
+    lr_scheduler = LambdaLR(optimizer, lr_schedule(args, sampler.steps_per_epoch))
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch)
+    if args.resume:
+        resume(args, state, train_annotations, log)
+    else:
+        log_inputs(dataset, preset, log)
+    forward = utils.distribute(model)
+    autocast = evaluate.make_autocast(device, args.amp)
+    last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
+
+    def save(*names: str) -> None:
+        checkpoint = state.state_dict() | describe_checkpoint(args, train_annotations)
+        utils.save_checkpoint(checkpoint, *(output_dir / name for name in names))
+
+    def after_step(step_log: utils.StepLog) -> None:
+        if args.checkpoint_freq and state.global_step % args.checkpoint_freq == 0:
+            step_log.check_finite()
+            save("checkpoint.pth")
+
+    while state.global_step < last_step:
+        epoch, first_step = divmod(state.global_step, sampler.steps_per_epoch)
+        sampler.select(epoch, first_step, last_step - epoch * sampler.steps_per_epoch)
+        step_log = utils.StepLog(
+            log,
+            epoch,
+            first_step,
+            sampler.last_step,
+            state.global_step,
+            args.batch_size * args.world_size,
+            args.print_freq,
+        )
+        train_one_epoch(state, forward, loader, preset, autocast, step_log, after_step)
+        save("checkpoint.pth")
+        is_last = state.global_step == last_step
+        if args.eval_freq and (is_last or (epoch + 1) % args.eval_freq == 0):
+            is_best = validate(args, state, (val_annotations, val_images), epoch, log)
+            if is_best:
+                save("best.pth", "checkpoint.pth")
+    log.close()
+    utils.cleanup_distributed()
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors():
+        main(parse_args())

@@ -1,0 +1,289 @@
+"""SSD augmentation (paper section 2.2, "Data augmentation", and section 3.6 for zooming out).
+
+A sample's parameters are drawn before any pixel is touched. Zooming out, cropping and flipping only move a ``View``, a
+window on the plane around the image; one bilinear resampling then fills the network input from it. The reference
+resizes without antialiasing, so this gives its pixels without its canvas of up to 16 times the image.
+
+Photometric distortion follows for a whole batch at once, on whichever device the batch is.
+
+Constants and order are those of torchvision's ``ssd`` preset, which trained the published weights. Boxes are float32
+[G, 4], xyxy in pixels of the source image until ``project_boxes``.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+FILL = (123.0, 117.0, 104.0)  # ImageNet's mean colour
+MAX_PIXELS_FOR_GREY_MEAN = 10_000
+
+
+@dataclass(frozen=True)
+class View:
+    """The window that the network sees, in pixels of the source image; outside the image it shows ``FILL``."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    flipped: bool = False
+
+
+class RandomZoomOut:
+    """Makes objects smaller: the view becomes up to ``max_ratio`` times as wide and high, the image anywhere in it."""
+
+    def __init__(self, max_ratio: float = 4.0, p: float = 0.5):
+        self.max_ratio = max_ratio
+        self.p = p
+
+    def __call__(self, view: View, boxes: ndarray, labels: ndarray, rng: np.random.Generator):
+        if rng.random() >= self.p:
+            return view, boxes, labels
+        ratio = rng.uniform(1.0, self.max_ratio)
+        width, height = int(view.width * ratio), int(view.height * ratio)
+        left = view.left - int((width - view.width) * rng.random())
+        top = view.top - int((height - view.height) * rng.random())
+        return replace(view, left=left, top=top, width=width, height=height), boxes, labels
+
+
+class RandomIoUCrop:
+    """Makes objects larger: crops the view so that some object overlaps the crop with a random minimum IoU.
+
+    Keeps the boxes whose centre lies in the crop. Each option is tried ``trials`` times before another is drawn; the
+    option 1.0 keeps the view whole.
+    """
+
+    def __init__(
+        self,
+        min_ious: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0),
+        min_scale: float = 0.3,
+        max_aspect_ratio: float = 2.0,
+        trials: int = 40,
+    ):
+        self.min_ious = min_ious
+        self.min_scale = min_scale
+        self.max_aspect_ratio = max_aspect_ratio
+        self.trials = trials
+
+    def __call__(self, view: View, boxes: ndarray, labels: ndarray, rng: np.random.Generator):
+        while len(boxes) > 0:  # without an object no crop can succeed
+            min_iou = self.min_ious[rng.integers(len(self.min_ious))]
+            if min_iou >= 1.0:
+                break
+            crops = self.draw_crops(view, rng)
+            has_center, iou = overlaps(crops, boxes)
+            fits = (np.where(has_center, iou, -1.0).max(axis=1) >= min_iou) & self.is_valid(crops)
+            if fits.any():
+                first = fits.argmax()
+                left, top, right, bottom = crops[first].tolist()
+                view = replace(view, left=left, top=top, width=right - left, height=bottom - top)
+                return view, boxes[has_center[first]], labels[has_center[first]]
+        return view, boxes, labels
+
+    def draw_crops(self, view: View, rng: np.random.Generator) -> ndarray:
+        """One crop per trial: int64 [trials, 4], xyxy."""
+        view_size = np.array([view.width, view.height])
+        size = (view_size * rng.uniform(self.min_scale, 1.0, (self.trials, 2))).astype(np.int64)
+        offset = ((view_size - size) * rng.random((self.trials, 2))).astype(np.int64)
+        start = offset + np.array([view.left, view.top])
+        return np.concatenate((start, start + size), axis=1)
+
+    def is_valid(self, crops: ndarray) -> ndarray:
+        """Which crops [N, 4] have an area and an allowed aspect ratio: bool [N]."""
+        width, height = (crops[:, 2:] - crops[:, :2]).T
+        ratio = self.max_aspect_ratio
+        return (width > 0) & (height > 0) & (width <= ratio * height) & (height <= ratio * width)
+
+
+class RandomHorizontalFlip:
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def __call__(self, view: View, boxes: ndarray, labels: ndarray, rng: np.random.Generator):
+        if rng.random() < self.p:
+            view = replace(view, flipped=not view.flipped)
+        return view, boxes, labels
+
+
+def overlaps(crops: ndarray, boxes: ndarray) -> tuple[ndarray, ndarray]:
+    """Of every crop [N, 4] with every box [G, 4]: whether the box's centre lies inside, and the IoU, both [N, G]."""
+    crops = crops[:, None].astype(np.float32)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    has_center = ((crops[..., :2] < centers) & (centers < crops[..., 2:])).all(axis=2)
+    sides = np.minimum(crops[..., 2:], boxes[:, 2:]) - np.maximum(crops[..., :2], boxes[:, :2])
+    intersection = sides.clip(min=0).prod(axis=2)
+    union = (crops[..., 2:] - crops[..., :2]).prod(axis=2) + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - intersection
+    return has_center, intersection / np.maximum(union, 1e-9)
+
+
+def project_boxes(boxes: ndarray, view: View, size: int) -> ndarray:
+    """Boxes of the source image, clipped to ``view`` and in pixels of the network input, whose side is ``size``."""
+    x = ((boxes[:, 0::2] - view.left).clip(0, view.width)) * (size / view.width)
+    y = ((boxes[:, 1::2] - view.top).clip(0, view.height)) * (size / view.height)
+    if view.flipped:
+        x = size - x[:, ::-1]
+    return np.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), axis=1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class AxisTaps:
+    """The two source pixels along an axis that each output pixel blends, their weights, and the share they cover.
+
+    A coverage below 1 means that the rest of the output pixel is fill. The weights sum to 1 wherever coverage > 0.
+    """
+
+    first: ndarray
+    second: ndarray
+    first_weight: ndarray
+    second_weight: ndarray
+    coverage: ndarray
+
+
+def axis_taps(start: int, length: int, image_length: int, size: int) -> AxisTaps:
+    """Bilinear taps for ``size`` output pixels over ``length`` source pixels from ``start``.
+
+    Positions are computed in float32 in the order of ``F.interpolate(align_corners=False)``, to agree with it.
+    """
+    scale = np.float32(length) / np.float32(size)
+    position = (scale * (np.arange(size, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)).clip(min=0)
+    first = np.minimum(position.astype(np.int64), length - 1)
+    second = np.minimum(first + 1, length - 1)
+    second_weight = position - first.astype(np.float32)
+    weights, indices = [], []
+    for tap, weight in ((first, 1 - second_weight), (second, second_weight)):
+        index = tap + start
+        inside = (index >= 0) & (index < image_length)
+        weights.append(np.where(inside, weight, np.float32(0)))
+        indices.append(index.clip(0, image_length - 1))
+    coverage = weights[0] + weights[1]
+    divisor = np.where(coverage > 0, coverage, 1)
+    return AxisTaps(indices[0], indices[1], weights[0] / divisor, weights[1] / divisor, coverage)
+
+
+def resample(image: ndarray, view: View, size: int) -> tuple[ndarray, ndarray]:
+    """What ``view`` shows of ``image``, as the network input.
+
+    Args:
+        image: uint8 [H, W, 3].
+        view: the window on it.
+        size: side of the output in pixels.
+
+    Returns:
+        pixels: float32 [size, size, 3], 0 to 255. Where the view leaves the image they are to be replaced by fill:
+        coverage: float32 [2, size], for rows and columns; their product is the image's share of a pixel.
+    """
+    height, width = image.shape[:2]
+    rows = axis_taps(view.top, view.height, height, size)
+    columns = axis_taps(view.left, view.width, width, size)
+    left, right = columns.first.min(), columns.second.max() + 1
+    pixels = blend(image[:, left:right], rows, rows.first, rows.second)
+    pixels = blend(pixels.transpose(1, 0, 2), columns, columns.first - left, columns.second - left).transpose(1, 0, 2)
+    coverage = np.stack((rows.coverage, columns.coverage))
+    if view.flipped:
+        pixels, coverage[1] = pixels[:, ::-1], coverage[1, ::-1].copy()
+    return pixels, coverage
+
+
+def blend(pixels: ndarray, taps: AxisTaps, first: ndarray, second: ndarray) -> ndarray:
+    """Blends pairs of lines of ``pixels`` [length, ...] into float32 [size, ...]."""
+    shape = (-1, 1, 1)
+    blended = pixels[first] * taps.first_weight.reshape(shape)
+    blended += pixels[second] * taps.second_weight.reshape(shape)
+    return blended
+
+
+def fill_uncovered(images: Tensor, coverage: Tensor) -> Tensor:
+    """Blends [B, 3, S, S] with ``FILL`` where ``coverage`` [B, 2, S], of rows and columns, is below 1."""
+    share = coverage[:, 0, None, :, None] * coverage[:, 1, None, None, :]  # [B, 1, S, S]
+    fill = images.new_tensor(FILL).view(3, 1, 1)
+    return fill + share * (images - fill)
+
+
+class RandomPhotometricDistort:
+    """Random brightness, contrast, saturation, hue and channel order, each with probability ``p``.
+
+    Contrast comes first or last with equal chance. ``draw`` makes the parameters of one image, ``distort`` applies
+    those of a batch.
+    """
+
+    def __init__(
+        self,
+        brightness: tuple[float, float] = (0.875, 1.125),
+        contrast: tuple[float, float] = (0.5, 1.5),
+        saturation: tuple[float, float] = (0.5, 1.5),
+        hue: tuple[float, float] = (-0.05, 0.05),
+        p: float = 0.5,
+    ):
+        self.ranges = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+        self.p = p
+
+    def draw(self, image: ndarray, rng: np.random.Generator) -> dict[str, ndarray]:
+        """Parameters for the uint8 image [H, W, 3]; its pixels are needed for the grey that contrast pivots on."""
+        neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+        factors = {k: rng.uniform(*r) if rng.random() < self.p else neutral[k] for k, r in self.ranges.items()}
+        contrast, contrast_first = factors.pop("contrast"), rng.random() < 0.5
+        channels = rng.permutation(3) if rng.random() < self.p else np.arange(3)
+        factors["contrast_before"] = contrast if contrast_first else 1.0
+        factors["contrast_after"] = 1.0 if contrast_first else contrast
+        factors["grey_mean"] = 0.0 if contrast == 1.0 else grey_mean(image, factors)
+        return {name: np.float32(value) for name, value in factors.items()} | {"channels": channels}
+
+
+def distort(images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """Distorts each image of [B, 3, H, W] (float, 0 to 255) with its own ``parameters``: [B] each, channels [B, 3]."""
+    factor = {name: value.view(-1, 1, 1, 1) for name, value in parameters.items() if name != "channels"}
+    images = adjust_brightness(images, factor["brightness"])
+    images = mix(images, factor["grey_mean"], factor["contrast_before"])
+    images = mix(images, to_grey(images), factor["saturation"])
+    images = shift_hue(images, factor["hue"])
+    images = mix(images, factor["grey_mean"], factor["contrast_after"])
+    batch = torch.arange(len(images), device=images.device)
+    return images[batch[:, None], parameters["channels"]]
+
+
+def adjust_brightness(images: Tensor, factor: Tensor | float) -> Tensor:
+    return (images * factor).clamp(0, 255)
+
+
+def mix(images: Tensor, other: Tensor, factor: Tensor | float) -> Tensor:
+    """Moves ``images`` away from ``other`` (factor > 1) or towards it (factor < 1)."""
+    return (other + factor * (images - other)).clamp(0, 255)
+
+
+def to_grey(images: Tensor) -> Tensor:
+    """Luma of ITU-R 601, as torchvision and Pillow compute it: [B, 1, H, W]."""
+    red, green, blue = images.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+
+
+def shift_hue(images: Tensor, shift: Tensor | float) -> Tensor:
+    """Turns the hue by ``shift`` full turns, at the same saturation and value of the HSV model."""
+    red, green, blue = images.unbind(1)
+    value = images.amax(1, keepdim=True)  # [B, 1, H, W]
+    chroma = value - images.amin(1, keepdim=True)
+    divisor = torch.where(chroma > 0, chroma, 1).squeeze(1)
+    hue = torch.where(
+        red == value.squeeze(1),
+        (green - blue) / divisor,
+        torch.where(green == value.squeeze(1), 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    ).unsqueeze(1)  # in sixths of a turn
+    distance = (hue + 6 * shift + hue.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6  # [B, 3, H, W]
+    return value - chroma * torch.minimum(distance, 4 - distance).clamp(0, 1)
+
+
+def grey_mean(image: ndarray, factors: dict[str, float]) -> float:
+    """Mean grey of the whole source image at the moment when contrast is applied.
+
+    Every n-th pixel suffices for a mean. It also keeps PyTorch from splitting the work among threads, so that the
+    result is the same, bit for bit, in the main process and in a loader worker.
+    """
+    height, width = image.shape[:2]
+    stride = int(np.ceil(np.sqrt(height * width / MAX_PIXELS_FOR_GREY_MEAN)))
+    pixels = torch.from_numpy(image[::stride, ::stride].astype(np.float32)).permute(2, 0, 1).unsqueeze(0)
+    pixels = adjust_brightness(pixels, factors["brightness"])
+    if factors["contrast_after"] != 1.0:
+        pixels = shift_hue(mix(pixels, to_grey(pixels), factors["saturation"]), factors["hue"])
+    return float(to_grey(pixels).numpy().mean())

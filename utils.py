@@ -1,0 +1,302 @@
+"""What a run needs around model and data: processes, checkpoints, and its log.
+
+The only room that knows ranks and process groups. Work for the main process alone is a no-op on the others.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+ROOT = Path(__file__).resolve().parent
+
+
+def init_distributed(device: str | None) -> torch.device:
+    """Joins the process group if torchrun started this process, and returns the device to work on.
+
+    NCCL connects GPUs, gloo CPUs.
+
+    Args:
+        device: ``cuda``, ``cpu`` or None, which takes the GPU if there is one.
+
+    Raises:
+        ValueError: ``cuda`` was asked for, and there is none.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def cleanup_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Runs the block on the first process of each machine, then on the others."""
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not is_first:
+        barrier()
+    yield
+    if is_first:
+        barrier()
+
+
+def gather_to_main(value) -> list | None:
+    """Each process's ``value`` in rank order on the main process, None on the others. Goes through CPU memory."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if is_main() else None
+    group = dist.new_group(backend="gloo")
+    dist.gather_object(value, values, dst=0, group=group)
+    dist.destroy_process_group(group)
+    return values
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """``model`` as it is to be called in training: with gradients averaged over the processes, if there are several."""
+    return DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Moves the tensors of a (nested) batch without waiting for the copies."""
+    return {
+        key: to_device(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True)
+        for key, value in batch.items()
+    }
+
+
+def save_checkpoint(checkpoint: dict, *paths: Path) -> None:
+    """Writes ``checkpoint`` so that each path holds the old or the new file at any moment, even if the machine dies."""
+    if not is_main():
+        return
+    for path in paths:
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def git_commit() -> str | None:
+    """The commit that the scripts run from, or None outside a repository."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the script with one line for an error that was raised for the user; any other keeps its traceback.
+
+    Errors for the user are those that this repository raises itself, as ``ValueError`` or ``FloatingPointError``.
+    """
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        is_ours = raised_in.is_relative_to(ROOT) and "site-packages" not in raised_in.parts
+        if not is_ours and type(error).__module__ == "builtins":
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+
+
+class RunLog:
+    """Console, ``metrics.jsonl`` and TensorBoard of a run, in ``output_dir``; silent except on the main process."""
+
+    def __init__(self, output_dir: Path):
+        self.enabled = is_main()
+        self.live_line = False
+        if self.enabled:
+            # imported here, for it takes seconds, and only the main process writes
+            from torch.utils.tensorboard import SummaryWriter
+
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self.json_lines = open(output_dir / "metrics.jsonl", "a")  # noqa: SIM115
+            self.tensorboard = SummaryWriter(str(output_dir))
+
+    def info(self, text: str) -> None:
+        if self.enabled:
+            self.clear_live_line()
+            print(text, flush=True)
+
+    def live(self, text: str) -> None:
+        """Shows ``text`` on a terminal in place of the last live line; writes nothing to a file."""
+        if self.enabled and sys.stdout.isatty():
+            self.live_line = True
+            print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+
+    def clear_live_line(self) -> None:
+        if self.live_line:
+            print("\r\x1b[K", end="")
+            self.live_line = False
+
+    def metrics(self, kind: str, step: int, values: dict[str, float | None], **context) -> None:
+        """Logs the numbers of one moment as a line of json and as TensorBoard scalars ``kind/name``."""
+        if not self.enabled:
+            return
+        print(json.dumps({"kind": kind, **context, "step": step, **values}), file=self.json_lines, flush=True)
+        for name, value in values.items():
+            if value is not None:
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        self.tensorboard.flush()
+
+    def image(self, tag: str, image: Tensor, step: int) -> None:
+        """Logs a uint8 image [3, H, W] to TensorBoard."""
+        if self.enabled:
+            self.tensorboard.add_image(tag, image, step)
+
+    def close(self) -> None:
+        if self.enabled:
+            self.clear_live_line()
+            self.json_lines.close()
+            self.tensorboard.close()
+
+
+class StepLog:
+    """Progress of one epoch: a line every ``print_freq`` steps, and a live bar on a terminal.
+
+    Losses stay on the device until a line is due, because reading one makes the host wait for the device.
+
+    Args:
+        log: where lines and numbers go.
+        epoch, first_step, last_step: the steps of ``epoch`` that are run.
+        first_global_step: number of the first of them, counted over all epochs.
+        images_per_step: images of all processes in one step.
+        print_freq: steps between lines.
+    """
+
+    def __init__(self, log, epoch, first_step, last_step, first_global_step, images_per_step, print_freq):
+        self.log = log
+        self.epoch = epoch
+        self.step = first_step
+        self.last_step = last_step
+        self.global_step = first_global_step
+        self.images_per_step = images_per_step
+        self.print_freq = print_freq
+        self.first_step = first_step
+        self.totals: dict[str, float] = {}
+        self.last_line = "starting"
+        self.start_window()
+
+    def start_window(self) -> None:
+        """Begins to gather for the next line."""
+        self.window_start = time.perf_counter()
+        self.window_steps = 0
+        self.window_losses: dict[str, Tensor] = {}
+        self.wait_time = 0.0
+
+    def watch(self, loader: Iterable) -> Iterator:
+        """Yields from ``loader`` and measures how long it makes the training wait."""
+        iterator = iter(loader)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.wait_time += time.perf_counter() - start
+            yield batch
+
+    def update(self, losses: dict[str, Tensor], lr: float) -> None:
+        """Takes the losses of a step, and writes a line if one is due."""
+        for name, loss in {"loss": sum(losses.values()), **losses}.items():
+            self.window_losses[name] = self.window_losses.get(name, 0) + loss.detach()
+        self.step += 1
+        self.global_step += 1
+        self.window_steps += 1
+        if self.window_steps == self.print_freq or self.step == self.last_step:
+            self.write_line(lr)
+        self.log.live(f"{self.bar()} {self.last_line}")
+
+    def check_finite(self) -> None:
+        """Raises FloatingPointError, on all processes alike, if a loss since the last line is not finite."""
+        if self.window_steps > 0:
+            self.read_losses()
+
+    def read_losses(self) -> dict[str, float]:
+        """Means of the losses since the last line, over steps and processes."""
+        means = mean_over_processes(torch.stack(list(self.window_losses.values())) / self.window_steps).tolist()
+        means = dict(zip(self.window_losses, means, strict=True))
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss {name} is {value} in epoch {self.epoch}, in the {self.window_steps} steps before step "
+                    f"{self.step}; nothing was saved since. Lower --lr, or check the boxes of the training data"
+                )
+        return means
+
+    def write_line(self, lr: float) -> None:
+        means = self.read_losses()
+        seconds = (time.perf_counter() - self.window_start) / self.window_steps
+        for name, value in means.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value * self.window_steps
+        rates = {"lr": lr, "images/s": self.images_per_step / seconds, "time": seconds}
+        rates["data"] = self.wait_time / self.window_steps
+        if torch.cuda.is_available():
+            rates["max mem"] = torch.cuda.max_memory_allocated() / 2**20
+        eta = datetime.timedelta(seconds=round(seconds * (self.last_step - self.step)))
+        done = self.step - self.first_step
+        losses = "  ".join(f"{name}: {value:.4f} ({self.totals[name] / done:.4f})" for name, value in means.items())
+        width = len(str(self.last_step))
+        self.last_line = (
+            f"Epoch: [{self.epoch}]  [{self.step:{width}}/{self.last_step}]  eta: {eta}  lr: {lr:.6f}  {losses}  "
+            + "  ".join(f"{name}: {value:.4g}" for name, value in rates.items() if name != "lr")
+        )
+        self.log.info(self.last_line)
+        self.log.metrics("train", self.global_step, means | rates, epoch=self.epoch)
+        self.start_window()
+
+    def bar(self, width: int = 20) -> str:
+        filled = width * self.step // self.last_step
+        return f"{self.step:6}/{self.last_step} [{'#' * filled}{'.' * (width - filled)}]"
