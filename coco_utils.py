@@ -284,7 +284,7 @@ def collate(samples: list[dict]) -> dict:
 def detections_to_array(image_id: int, detections: dict[str, Tensor], category_id_of: dict[int, int]) -> ndarray:
     """One image's detections as COCO's array format: float64 [N, 7] of image id, x, y, w, h, score, category id.
 
-    A detection of a label that is no category (11 of the 90 of a COCO model) is left out, as COCO's API would ignore it.
+    Detections of labels without category (11 of the 90 of a COCO model) are left out; COCO's API would ignore them.
     """
     labels = detections["labels"].tolist()
     kept = [i for i, label in enumerate(labels) if label in category_id_of]

@@ -4,6 +4,7 @@ It lets the whole path run without a download. Objects range from small to large
 some hold a crowd. The same seed draws the same pictures.
 """
 
+import colorsys
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from PIL import Image, ImageDraw
 CATEGORIES = {1: "circle", 2: "square", 3: "triangle", 4: "star", 5: "ring", 6: "cross"}
 NUM_IMAGES = {"train2017": 600, "val2017": 120}
 SUPERSAMPLING = 2  # outlines are drawn larger and shrunk, which smooths them
+UPRIGHT = {"circle": 0, "square": 45, "triangle": -90, "star": -90, "ring": 0, "cross": 15}  # angle of the first corner
+MAX_TILT = 15  # degrees
 MAX_OVERLAP = 0.3  # of the smaller of two boxes
 
 
@@ -56,10 +59,12 @@ def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[dict]]:
     objects = []
     num_objects = 0 if rng.random() < 0.05 else int(rng.integers(1, 7))
     for _ in range(num_objects):
-        diameter = math.exp(rng.uniform(math.log(22), math.log(0.7 * min(width, height))))
+        diameter = math.exp(rng.uniform(math.log(24), math.log(0.7 * min(width, height))))
         center = rng.uniform(0.3 * diameter, (width - 0.3 * diameter, height - 0.3 * diameter))
         category_id = int(rng.choice(list(CATEGORIES)))
-        outline = shape_mask((width, height), CATEGORIES[category_id], center, diameter, rng.uniform(0, 2 * math.pi))
+        outline = shape_mask(
+            (width, height), CATEGORIES[category_id], center, diameter, rng.uniform(-MAX_TILT, MAX_TILT)
+        )
         add_object(picture, objects, outline, category_id, rng)
     if rng.random() < 0.05:
         add_object(picture, objects, crowd_mask((width, height), rng), category_id=1, rng=rng, is_crowd=True)
@@ -67,21 +72,22 @@ def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[dict]]:
 
 
 def draw_ground(width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """Soft blotches of colour with fine grain."""
-    blotches = Image.fromarray(rng.integers(70, 186, (5, 5, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    """Soft blotches of muted colour with fine grain."""
+    blotches = rng.integers(60, 180, (6, 6, 1)) + rng.integers(-20, 21, (6, 6, 3))
+    blotches = Image.fromarray(blotches.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     grain = rng.normal(0, 10, (height, width, 1))
     return Image.fromarray((np.asarray(blotches) + grain).clip(0, 255).astype(np.uint8))
 
 
-def shape_mask(size: tuple[int, int], name: str, center, diameter: float, angle: float) -> Image.Image:
-    """A mask of the image's ``size`` (width, height), 255 inside the shape."""
+def shape_mask(size: tuple[int, int], name: str, center, diameter: float, tilt: float) -> Image.Image:
+    """A mask of the image's ``size`` (width, height), 255 inside the shape; ``tilt`` in degrees."""
     mask = Image.new("L", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING))
     draw = ImageDraw.Draw(mask)
     for radius, inside in outlines(name):
-        turns = np.linspace(0, 1, len(radius), endpoint=False) * 2 * math.pi + angle
+        turns = np.linspace(0, 1, len(radius), endpoint=False) * 2 * math.pi + math.radians(UPRIGHT[name] + tilt)
         points = np.stack((np.cos(turns), np.sin(turns)), axis=1) * np.array(radius)[:, None] * diameter / 2
         draw.polygon([tuple(p) for p in ((points + center) * SUPERSAMPLING).tolist()], fill=255 if inside else 0)
-    return mask.resize(size, Image.BOX)
+    return mask.resize(size, Image.Resampling.BOX)
 
 
 def outlines(name: str) -> list[tuple[list[float], bool]]:
@@ -117,7 +123,7 @@ def add_object(picture, objects: list[dict], mask: Image.Image, category_id: int
     box = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
     if any(overlap(box, other["bbox"]) > MAX_OVERLAP for other in objects):
         return
-    color = tuple(int(value) for value in rng.integers(0, 256, 3))
+    color = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(rng.random(), *rng.uniform(0.5, 1.0, 2)))
     picture.paste(color, mask=mask)
     area = int(covered.sum())
     objects.append({"category_id": category_id, "bbox": box, "area": area, "iscrowd": int(is_crowd)})

@@ -47,6 +47,7 @@ class TrainingState:
     lr_scheduler: LambdaLR
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
+    evaluated_step: int = 0
     best_ap: float = -1.0
 
     @property
@@ -71,6 +72,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "epoch": self.global_step // self.steps_per_epoch - 1,
             "step": self.global_step % self.steps_per_epoch,
+            "evaluated_step": self.evaluated_step,
             "best_ap": self.best_ap,
             "rng": torch.get_rng_state(),
         }
@@ -86,6 +88,7 @@ class TrainingState:
         ):
             group["lr"] = base_lr * factor(self.global_step)
         self.scaler.load_state_dict(checkpoint["scaler"])
+        self.evaluated_step = checkpoint["evaluated_step"]
         self.best_ap = checkpoint["best_ap"]
         torch.set_rng_state(checkpoint["rng"])
 
@@ -185,7 +188,7 @@ def resume(args: argparse.Namespace, state: TrainingState, annotations: CocoAnno
 
 
 def validate(
-    args: argparse.Namespace, state: TrainingState, val: tuple[CocoAnnotations, Path], epoch: int, log: utils.RunLog
+    args: argparse.Namespace, state: TrainingState, val: tuple[CocoAnnotations, Path], log: utils.RunLog
 ) -> bool:
     """Scores the model, logs and draws what it found. Returns, on the main process, whether it is the best so far."""
     annotations, images_dir = val
@@ -199,19 +202,20 @@ def validate(
         autocast=evaluate.make_autocast(state.model.default_boxes.device, args.amp),
         scorer="hotcoco",
     )
+    state.evaluated_step = state.global_step
     if result is None:
         return False
     metrics, detections = result
-    log.info(
-        f"Evaluation after epoch {epoch} ({time.perf_counter() - start:.1f} s)\n{coco_utils.format_table(metrics)}"
-    )
+    epoch = (state.global_step - 1) // state.steps_per_epoch
+    log.info(f"Evaluation in epoch {epoch}: {time.perf_counter() - start:.1f} s\n{coco_utils.format_table(metrics)}")
     log.metrics("val", state.global_step, {name: metrics[name] for name in coco_utils.METRICS}, epoch=epoch)
     drawn = evaluate.draw_detections(annotations, images_dir, detections, NUM_LOGGED_IMAGES)
     evaluate.write_pictures(Path(args.output_dir), drawn)
     for number, picture in enumerate(drawn):
         log.image(f"detections/{number}", picture, state.global_step)
     is_best = metrics["AP"] is not None and metrics["AP"] > state.best_ap
-    state.best_ap = max(state.best_ap, metrics["AP"] or 0.0)
+    if is_best:
+        state.best_ap = metrics["AP"]
     return is_best
 
 
@@ -318,29 +322,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.test_only:
-        checkpoint = args.resume or args.weights
-        if checkpoint is None:
-            raise ValueError("--test-only needs --resume or --weights, to know what to evaluate")
-        evaluate.main(argparse.Namespace(**vars(args), checkpoint=checkpoint, scorer="pycocotools", pictures=0))
-        return
     device = utils.init_distributed(args.device)
     args.world_size = utils.world_size()
-    output_dir = Path(args.output_dir)
-    log = utils.RunLog(output_dir)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
 
     (train_images, train_file), (val_images, val_file) = (evaluate.find_data(args, split) for split in ("train", "val"))
     train_annotations, val_annotations = coco_utils.read_annotations(train_file), coco_utils.read_annotations(val_file)
-    evaluate.check_categories(evaluate.describe_categories(train_annotations), val_annotations, train_file)
+    evaluate.check_categories(evaluate.describe_categories(train_annotations), val_annotations, str(train_file))
     model = make_model(args, train_annotations.num_classes).to(device)
     preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
     dataset = CocoTrainDataset(train_annotations, train_images, preset, args.seed)
     sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size())
     loader = make_loader(args, dataset, sampler)
-    describe_run(args, dataset, val_annotations, log)
 
+    output_dir = Path(args.output_dir)
+    log = utils.RunLog(output_dir)
+    describe_run(args, dataset, val_annotations, log)
     optimizer = make_optimizer(args, model)
     lr_scheduler = LambdaLR(optimizer, lr_schedule(args, sampler.steps_per_epoch))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -349,6 +347,7 @@ def main(args: argparse.Namespace) -> None:
         resume(args, state, train_annotations, log)
     else:
         log_inputs(dataset, preset, log)
+
     forward = utils.distribute(model)
     autocast = evaluate.make_autocast(device, args.amp)
     last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
@@ -362,29 +361,47 @@ def main(args: argparse.Namespace) -> None:
             step_log.check_finite()
             save("checkpoint.pth")
 
-    while state.global_step < last_step:
+    def evaluation_is_due() -> bool:
+        epochs, steps = divmod(state.global_step, sampler.steps_per_epoch)
+        at_end = state.global_step >= last_step or (steps == 0 and epochs % args.eval_freq == 0)
+        return at_end and state.evaluated_step < state.global_step
+
+    # Evaluation comes first, so that a run resumed between an epoch and its evaluation makes up for it.
+    while True:
+        if args.eval_freq and evaluation_is_due():
+            is_best = validate(args, state, (val_annotations, val_images), log)
+            save("checkpoint.pth", *["best.pth"] * is_best)
+        if state.global_step >= last_step:
+            break
         epoch, first_step = divmod(state.global_step, sampler.steps_per_epoch)
         sampler.select(epoch, first_step, last_step - epoch * sampler.steps_per_epoch)
         step_log = utils.StepLog(
             log,
-            epoch,
-            first_step,
-            sampler.last_step,
-            state.global_step,
-            args.batch_size * args.world_size,
-            args.print_freq,
+            epoch=epoch,
+            first_step=first_step,
+            last_step=sampler.last_step,
+            global_step=state.global_step,
+            images_per_step=args.batch_size * utils.world_size(),
+            print_freq=args.print_freq,
         )
         train_one_epoch(state, forward, loader, preset, autocast, step_log, after_step)
         save("checkpoint.pth")
-        is_last = state.global_step == last_step
-        if args.eval_freq and (is_last or (epoch + 1) % args.eval_freq == 0):
-            is_best = validate(args, state, (val_annotations, val_images), epoch, log)
-            if is_best:
-                save("best.pth", "checkpoint.pth")
+    log.info(f"Done: {state.global_step} steps; everything is in {output_dir}")
     log.close()
     utils.cleanup_distributed()
 
 
+def test_only(args: argparse.Namespace) -> None:
+    """Evaluates ``--resume`` or ``--weights`` as evaluate.py would."""
+    checkpoint = args.resume or args.weights
+    if checkpoint is None:
+        raise ValueError("--test-only needs --resume or --weights, to know what to evaluate")
+    if checkpoint == "auto":
+        checkpoint = str(Path(args.output_dir) / "checkpoint.pth")
+    evaluate.main(argparse.Namespace(**vars(args), checkpoint=checkpoint, scorer="pycocotools", pictures=0))
+
+
 if __name__ == "__main__":
     with utils.one_line_errors():
-        main(parse_args())
+        arguments = parse_args()
+        (test_only if arguments.test_only else main)(arguments)

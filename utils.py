@@ -211,20 +211,30 @@ class StepLog:
     Args:
         log: where lines and numbers go.
         epoch, first_step, last_step: the steps of ``epoch`` that are run.
-        first_global_step: number of the first of them, counted over all epochs.
+        global_step: number of steps before, in all epochs.
         images_per_step: images of all processes in one step.
         print_freq: steps between lines.
     """
 
-    def __init__(self, log, epoch, first_step, last_step, first_global_step, images_per_step, print_freq):
+    def __init__(
+        self,
+        log: RunLog,
+        *,
+        epoch: int,
+        first_step: int,
+        last_step: int,
+        global_step: int,
+        images_per_step: int,
+        print_freq: int,
+    ):
         self.log = log
         self.epoch = epoch
+        self.first_step = first_step
         self.step = first_step
         self.last_step = last_step
-        self.global_step = first_global_step
+        self.global_step = global_step
         self.images_per_step = images_per_step
         self.print_freq = print_freq
-        self.first_step = first_step
         self.totals: dict[str, float] = {}
         self.last_line = "starting"
         self.start_window()

@@ -1,0 +1,97 @@
+import argparse
+import os
+import urllib.error
+
+import pytest
+import torch
+from torchvision.models import vgg
+
+import ssd
+
+
+@pytest.fixture
+def vgg_file(tmp_path):
+    """Features of VGG16 in half precision, with a broken classifier, as such files have."""
+    state_dict = {
+        f"features.{name}": value.half() for name, value in vgg.make_layers(vgg.cfgs["D"]).state_dict().items()
+    }
+    path = tmp_path / "vgg.pth"
+    torch.save(state_dict | {"classifier.0.weight": torch.full((2, 2), torch.nan)}, path)
+    return path
+
+
+def test_backbone_from_a_file(vgg_file):
+    model = ssd.ssd300_vgg16(weights_backbone=str(vgg_file), num_classes=3)
+    state_dict = torch.load(vgg_file, weights_only=True)
+    assert torch.equal(model.backbone.features[0].weight, state_dict["features.0.weight"].float())
+    assert torch.equal(model.backbone.extra[0][5].bias, state_dict["features.28.bias"].float())
+    assert sum(not p.requires_grad for p in model.parameters()) == 4  # conv1_1 and conv1_2
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3, "args": argparse.Namespace(lr=1)}])
+def test_whole_model_from_a_state_dict_and_from_torchvisions_checkpoint(tmp_path, wrap):
+    source = ssd.ssd300_resnet18(weights_backbone=None, num_classes=5)
+    torch.save(wrap(source.state_dict()), tmp_path / "model.pth")
+    model = ssd.ssd300_resnet18(weights=str(tmp_path / "model.pth"))
+    assert model.num_classes == 5
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in source.state_dict().items())
+
+
+def test_weights_of_another_model(tmp_path):
+    torch.save(ssd.ssd300_resnet18(weights_backbone=None).state_dict(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model.pth: not the weights of this model: Missing key"):
+        ssd.ssd300_vgg16(weights=str(tmp_path / "model.pth"))
+
+
+def test_weights_of_no_detector(vgg_file):
+    with pytest.raises(ValueError, match=r"vgg.pth: not the weights of an SSD model"):
+        ssd.ssd300_vgg16(weights=str(vgg_file))
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model.pth: refused"):
+        ssd.load_file(tmp_path / "model.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": torch.zeros(1000)}, path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"<html>404</html>"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model.pth: (damaged|refused)"):
+            ssd.load_file(path)
+
+
+def test_missing_file():
+    with pytest.raises(ValueError, match=r"nowhere.pth: no such checkpoint file"):
+        ssd.load_file("nowhere.pth")
+
+
+def test_unknown_enum_name():
+    with pytest.raises(ValueError, match=r"SSD300_VGG16_Weights.COCO_V9: torchvision has no weights of this name"):
+        ssd.load_state_dict("SSD300_VGG16_Weights.COCO_V9")
+
+
+def test_impossible_download_says_what_to_put_where(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(ValueError, match="cannot download") as error:
+        ssd.ssd300_vgg16()
+    message = str(error.value)
+    assert str(tmp_path / "hub/checkpoints/vgg16_features-amdegroot-88682ab5.pth") in message
+    assert "'none'" in message
+    assert "\n" not in message
