@@ -237,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
     device = utils.init_distributed(args.device)
     images_dir, annotations_path = find_data(args, "val")
     annotations = coco_utils.read_annotations(annotations_path)
-    model = load_model(args.checkpoint, args.model, annotations).to(device)
+    model = load_model(args.checkpoint, args.model, annotations).to(device, memory_format=torch.channels_last)
     result = evaluate(
         model,
         annotations,

@@ -330,7 +330,7 @@ def main(args: argparse.Namespace) -> None:
     (train_images, train_file), (val_images, val_file) = (evaluate.find_data(args, split) for split in ("train", "val"))
     train_annotations, val_annotations = coco_utils.read_annotations(train_file), coco_utils.read_annotations(val_file)
     evaluate.check_categories(evaluate.describe_categories(train_annotations), val_annotations, str(train_file))
-    model = make_model(args, train_annotations.num_classes).to(device)
+    model = make_model(args, train_annotations.num_classes).to(device, memory_format=torch.channels_last)
     preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
     dataset = CocoTrainDataset(train_annotations, train_images, preset, args.seed)
     sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size())

@@ -1,0 +1,331 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import coco_utils
+from coco_utils import CocoEvalDataset, CocoTrainDataset, DataError, EpochBatchSampler
+from presets import DetectionPresetEval, DetectionPresetTrain
+
+CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+
+
+def annotation(annotation_id: int, image_id: int = 1, category_id: int = 3, bbox=(10, 10, 20, 20), **fields) -> dict:
+    area = bbox[2] * bbox[3]
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": list(bbox),
+        "area": area,
+    } | fields
+
+
+def image(image_id: int, width: int = 100, height: int = 80) -> dict:
+    return {"id": image_id, "file_name": f"{image_id}.png", "width": width, "height": height}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes an annotation file and returns its path."""
+
+    def write_file(annotations: list[dict], images=None, categories=CATEGORIES):
+        images = [image(1), image(2), image(3)] if images is None else images
+        path = tmp_path / "annotations.json"
+        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        return path
+
+    return write_file
+
+
+def train_dataset(path, images_dir="") -> CocoTrainDataset:
+    preset = DetectionPresetTrain(data_augmentation="ssd", size=300)
+    return CocoTrainDataset(coco_utils.read_annotations(path), images_dir, preset, seed=0)
+
+
+def test_annotations_are_grouped_by_image(write):
+    a = coco_utils.read_annotations(
+        write([annotation(5, 3), annotation(6, 1), annotation(7, 3, 7), annotation(8, 1, 7)])
+    )
+    assert a.image_ids.tolist() == [1, 2, 3]
+    assert a.offsets.tolist() == [0, 2, 2, 4]
+    assert a.annotation_ids.tolist() == [6, 8, 5, 7]
+    assert a.category_ids.tolist() == [3, 7, 3, 7]
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "num_classes"),
+    [([1, 90], {1: 1, 90: 90}, 91), ([5], {5: 5}, 6), ([0, 4], {0: 1, 4: 2}, 3), ([200, 91], {91: 1, 200: 2}, 3)],
+)
+def test_labels_are_the_ids_where_torchvisions_outputs_can_hold_them(write, ids, labels, num_classes):
+    a = coco_utils.read_annotations(write([], categories=[{"id": i, "name": str(i)} for i in ids]))
+    assert a.label_of == labels
+    assert a.num_classes == num_classes
+
+
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        ([annotation(1), annotation(1)], "annotation 1 has an id that an earlier annotation has"),
+        ([annotation(0)], "annotation 0 has id 0"),
+        ([annotation(4, image_id=9)], "annotation 4 belongs to an image that the file does not list"),
+        (
+            [annotation(4, category_id=8), annotation(5, category_id=9)],
+            r"annotation 4 \(and 1 more\) has a category_id",
+        ),
+        ([annotation(4, bbox=(0, 0, float("nan"), 5))], "annotation 4 has a box that is not finite"),
+        ([annotation(4, bbox=(0, 0, float("inf"), 5))], "annotation 4 has a box that is not finite"),
+        ([annotation(4, bbox=(50, 50, -10, 5))], "annotation 4 has a box of negative size"),
+        ([{"id": 1, "image_id": 1, "category_id": 3}], "'bbox' is missing"),
+        ([annotation(1) | {"bbox": [1, 2, 3]}], "not a COCO annotation file"),
+        ([annotation(1) | {"bbox": "wide"}], "not a COCO annotation file"),
+    ],
+)
+def test_bad_annotations_are_named(write, annotations, message):
+    path = write(annotations)
+    with pytest.raises(DataError, match=message) as error:
+        coco_utils.read_annotations(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_annotation_files(tmp_path, write):
+    with pytest.raises(DataError, match="No such file"):
+        coco_utils.read_annotations(tmp_path / "nowhere.json")
+    with pytest.raises(DataError, match="lists no images"):
+        coco_utils.read_annotations(write([], images=[]))
+    with pytest.raises(DataError, match="several images have the same id"):
+        coco_utils.read_annotations(write([], images=[image(1), image(1)]))
+    for content in ("", "{", "[]", '{"images": 3}', "null"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(DataError, match=r"bad\.json: not a COCO annotation file"):
+            coco_utils.read_annotations(tmp_path / "bad.json")
+
+
+def test_missing_area_and_iscrowd_are_filled(write):
+    fields = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 30, 40]}
+    a = coco_utils.read_annotations(write([fields]))
+    assert a.areas.tolist() == [1200]
+    assert a.is_crowd.tolist() == [False]
+
+
+def test_what_is_trained_on(write):
+    """Crowds, boxes without area and boxes outside the image are left out, others clipped; empty images are skipped."""
+    dataset = train_dataset(
+        write(
+            [
+                annotation(1, 1, 3, (-10, -10, 30, 30)),
+                annotation(2, 1, 7, (90, 70, 50, 50)),
+                annotation(3, 1, 7, (20, 20, 0, 10)),
+                annotation(4, 1, 7, (200, 20, 10, 10)),
+                annotation(5, 2, 3, (0, 0, 50, 50), iscrowd=1),
+            ]
+        )
+    )
+    assert len(dataset) == 1
+    assert dataset.num_boxes == 2
+    assert dataset.boxes[dataset.is_object].tolist() == [[0, 0, 20, 20], [90, 70, 100, 80]]
+    assert dataset.labels[dataset.is_object].tolist() == [3, 7]
+
+
+def test_nothing_to_train_on(write):
+    with pytest.raises(DataError, match="no image has a box to train on"):
+        train_dataset(write([annotation(1, iscrowd=1)]))
+
+
+def test_samples_follow_the_contract(data_path):
+    dataset = train_dataset(data_path / "annotations/instances_train2017.json", data_path / "train2017")
+    sample = dataset[0, 3]
+    assert sample["image"].shape == (3, 300, 300)
+    assert sample["image"].dtype == torch.uint8
+    assert sample["boxes"].dtype == torch.float32
+    assert sample["labels"].dtype == torch.int64
+    assert len(sample["boxes"]) == len(sample["labels"]) > 0
+    assert (sample["boxes"][:, 2:] > sample["boxes"][:, :2]).all()
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(data_path):
+    make = lambda: train_dataset(data_path / "annotations/instances_train2017.json", data_path / "train2017")  # noqa: E731
+    first, second = make(), make()
+    _ = [second[1, i] for i in range(len(second))]
+    assert all(torch.equal(first[0, i]["image"], second[0, i]["image"]) for i in range(len(first)))
+    assert not all(torch.equal(first[0, i]["image"], first[1, i]["image"]) for i in range(len(first)))
+
+
+def test_collate_pads_and_marks_empty_slots():
+    samples = [
+        {"boxes": torch.ones(n, 4), "labels": torch.full((n,), 5), "image": torch.zeros(3, 2, 2), "image_id": n}
+        for n in (2, 0, 1)
+    ]
+    batch = coco_utils.collate(samples)
+    assert batch["labels"].tolist() == [[5, 5], [0, 0], [5, 0]]
+    assert batch["boxes"].shape == (3, 2, 4)
+    assert batch["boxes"][2].sum(dim=1).tolist() == [4, 0]
+    assert batch["image_id"].tolist() == [2, 0, 1]
+
+
+def test_order_of_an_epoch():
+    def keys(world_size, batch_size, epoch=0, **steps):
+        samplers = [EpochBatchSampler(50, batch_size, 3, rank, world_size) for rank in range(world_size)]
+        for sampler in samplers:
+            sampler.select(epoch, **steps)
+        # the global batch of each step: what the ranks see together
+        return [[key for batch in batches for key in batch] for batches in zip(*samplers, strict=True)]
+
+    whole = keys(1, 8)
+    assert len(whole) == 6  # the last two images do not fill a batch
+    assert len({key for batch in whole for key in batch}) == 48
+    assert keys(2, 4) == keys(4, 2) == whole
+    assert keys(1, 8, epoch=1) != whole
+    assert {epoch for batch in keys(1, 8, epoch=1) for epoch, _ in batch} == {1}
+    assert keys(2, 4, first_step=4) == whole[4:]
+    assert keys(1, 8, first_step=1, last_step=3) == whole[1:3]
+    assert keys(1, 8, last_step=99) == whole
+
+
+def test_too_few_images_for_a_batch():
+    with pytest.raises(DataError, match=r"7 training images do not fill one batch of 4 on 2 process.*--batch-size"):
+        EpochBatchSampler(7, 4, 0, 0, 2)
+
+
+def test_evaluation_serves_every_image_of_a_share(data_path):
+    a = coco_utils.read_annotations(data_path / "annotations/instances_val2017.json")
+    dataset = CocoEvalDataset(a, data_path / "val2017", DetectionPresetEval(size=64), range(1, 7, 2))
+    samples = [dataset[i] for i in range(len(dataset))]
+    assert [sample["image_id"] for sample in samples] == a.image_ids[1:7:2].tolist()
+    assert samples[0]["image"].shape == (3, 64, 64)
+    assert samples[0]["size"].tolist() == a.sizes[1].tolist()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "I;16", "CMYK"])
+def test_images_of_any_mode_become_rgb(tmp_path, write, mode):
+    a = coco_utils.read_annotations(write([annotation(1)], images=[image(1)]))
+    Image.new(mode, (100, 80)).save(tmp_path / "1.png", format="JPEG" if mode == "CMYK" else "PNG")
+    pixels = coco_utils.load_image(a, tmp_path, 0)
+    assert pixels.shape == (80, 100, 3)
+    assert pixels.dtype == np.uint8
+
+
+def test_exif_rotation_is_ignored(tmp_path, write):
+    a = coco_utils.read_annotations(write([annotation(1)], images=[image(1)]))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees
+    Image.new("RGB", (100, 80)).save(tmp_path / "1.png", format="JPEG", exif=exif)
+    assert coco_utils.load_image(a, tmp_path, 0).shape == (80, 100, 3)
+
+
+def damaged_images(folder):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)).save(folder / "whole.jpg")
+    whole = (folder / "whole.jpg").read_bytes()
+    return {
+        "cannot be decoded": [b"", whole[: len(whole) // 2], b"<html></html>"],
+        "is 100x80 pixels": [whole],
+    }
+
+
+def test_bad_images_are_named(tmp_path, write):
+    a = coco_utils.read_annotations(write([annotation(1)], images=[image(1, 90, 80)]))
+    with pytest.raises(DataError, match=r"1\.png \(image id 1\): no such file"):
+        coco_utils.load_image(a, tmp_path, 0)
+    for message, contents in damaged_images(tmp_path).items():
+        if message == "cannot be decoded":
+            a = coco_utils.read_annotations(write([annotation(1)], images=[image(1)]))
+        else:
+            a = coco_utils.read_annotations(write([annotation(1)], images=[image(1, 90, 80)]))
+        for content in contents:
+            (tmp_path / "1.png").write_bytes(content)
+            with pytest.raises(DataError, match=rf"1\.png \(image id 1\): {message}") as error:
+                coco_utils.load_image(a, tmp_path, 0)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file_name", ["../secret.png", "/etc/hostname"])
+def test_file_names_cannot_leave_the_image_folder(tmp_path, write, file_name):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "secret.png")
+    a = coco_utils.read_annotations(write([annotation(1)], images=[image(1) | {"file_name": file_name}]))
+    with pytest.raises(DataError, match="lies outside the image folder"):
+        coco_utils.load_image(a, tmp_path / "images", 0)
+
+
+def test_an_error_in_a_loader_worker_stays_one_line(tmp_path, write):
+    dataset = train_dataset(write([annotation(1)]), tmp_path)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=EpochBatchSampler(1, 1, 0), num_workers=1)
+    with pytest.raises(DataError) as error:
+        next(iter(loader))
+    assert str(error.value) == f"{tmp_path / '1.png'} (image id 1): no such file; check the image folder"
+
+
+def fake_detections(a: coco_utils.CocoAnnotations, seed: int = 0) -> np.ndarray:
+    """Good, poor and wrong detections, with ties in the scores."""
+    rng = np.random.default_rng(seed)
+    image_ids = np.repeat(a.image_ids, np.diff(a.offsets))
+    parts = []
+    for spread in (2, 15):
+        boxes = np.abs(a.boxes + rng.normal(0, spread, a.boxes.shape))
+        categories = np.where(rng.random(len(boxes)) < 0.2, rng.permutation(a.category_ids), a.category_ids)
+        parts.append(np.column_stack([image_ids, boxes, rng.random(len(boxes)).round(1), categories]))
+    return np.concatenate(parts)
+
+
+def pycocotools_stats(annotation_file, results_file) -> list[float]:
+    truth = COCO(str(annotation_file))
+    evaluator = COCOeval(truth, truth.loadRes(str(results_file)), "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    return evaluator.stats.tolist()
+
+
+def test_both_scorers_equal_plain_pycocotools_to_the_last_digit(tmp_path, data_path):
+    """On a set with crowds and empty images."""
+    annotation_file = data_path / "annotations/instances_train2017.json"
+    content = json.loads(annotation_file.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    annotation_file = tmp_path / "annotations.json"
+    annotation_file.write_text(json.dumps(content))
+    a = coco_utils.read_annotations(annotation_file)
+    detections = fake_detections(a)
+    coco_utils.write_results(tmp_path / "detections.json", detections)
+    expected = pycocotools_stats(annotation_file, tmp_path / "detections.json")
+    assert 0.1 < expected[0] < 0.9
+    scored = [coco_utils.score_detections(a, detections, scorer) for scorer in ("pycocotools", "hotcoco")]
+    assert scored[0] == scored[1]
+    assert [-1 if scored[0][name] is None else scored[0][name] for name in coco_utils.METRICS] == expected
+
+
+@pytest.mark.parametrize("scorer", ["pycocotools", "hotcoco"])
+def test_no_detections_score_zero_and_absent_classes_are_unknown(write, scorer):
+    a = coco_utils.read_annotations(write([annotation(1)]))
+    metrics = coco_utils.score_detections(a, np.zeros((0, 7)), scorer)
+    assert metrics["AP"] == 0
+    assert metrics["APl"] is None
+    assert metrics["per_class"] == {"cat": 0, "dog": None}
+    assert metrics["counts"] == {"images": 3, "boxes": 1, "detections": 0}
+    assert "n/a" in coco_utils.format_table(metrics)
+
+
+def test_table_is_that_of_pycocotools(data_path, capsys, tmp_path):
+    annotation_file = data_path / "annotations/instances_train2017.json"
+    a = coco_utils.read_annotations(annotation_file)
+    detections = fake_detections(a)
+    coco_utils.write_results(tmp_path / "detections.json", detections)
+    pycocotools_stats(annotation_file, tmp_path / "detections.json")
+    printed = [line for line in capsys.readouterr().out.splitlines() if "@[" in line]
+    assert coco_utils.format_table(coco_utils.score_detections(a, detections, "hotcoco")).splitlines() == printed
+
+
+def test_results_format(tmp_path):
+    found = {
+        "boxes": torch.tensor([[1.0, 2, 11, 22], [0, 0, 5, 5]]),
+        "scores": torch.tensor([0.9, 0.8]),
+        "labels": torch.tensor([2, 4]),
+    }
+    detections = coco_utils.detections_to_array(42, found, {2: 17})  # label 4 has no category
+    coco_utils.write_results(tmp_path / "detections.json", detections)
+    (result,) = json.loads((tmp_path / "detections.json").read_text())
+    assert result == {"image_id": 42, "category_id": 17, "bbox": [1, 2, 10, 20], "score": pytest.approx(0.9)}

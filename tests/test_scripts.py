@@ -1,0 +1,346 @@
+"""The scripts as a user runs them, on a tiny data set."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torchvision.models.detection import ssd300_vgg16 as torchvision_ssd300_vgg16
+from torchvision.transforms.functional import to_tensor
+
+import coco_utils
+import evaluate
+import train
+
+SMALL = ["--model", "ssd300_resnet18", "--weights-backbone", "none", "--device", "cpu", "--batch-size", "3"]
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal_training(first: dict, second: dict) -> None:
+    """Bit for bit: weights, momentum, learning rate, random state, and progress."""
+    for key in ("model", "optimizer", "lr_scheduler", "scaler", "rng", "epoch", "step"):
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def trained(run, data_path, tmp_path_factory):
+    """The output folder and console text of one epoch of training with evaluation."""
+    output = tmp_path_factory.mktemp("trained")
+    command = ["train.py", *SMALL, "--data-path", data_path, "--epochs", 1, "--workers", 1, "--print-freq", 1]
+    return output, run(*command, "--output-dir", output).stdout
+
+
+def test_training_writes_what_the_readme_promises(trained):
+    output, console = trained
+    names = {path.name for path in output.iterdir()}
+    assert {"checkpoint.pth", "best.pth", "metrics.jsonl", "args.json", "pictures"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert len(list((output / "pictures").iterdir())) == 7
+    assert "Training on" in console
+    assert "6 classes: circle, square, triangle, star, ring, cross" in console
+    assert "Learning rate 0.002 for a global batch of 3 (1 x 3 images); the recipe lr_scheme is tuned for 32" in console
+    assert "Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ]" in console
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert all(math.isfinite(line["loss"]) for line in steps)
+    assert lines[-1]["kind"] == "val"
+    assert set(coco_utils.METRICS) <= lines[-1].keys()
+
+
+def test_checkpoint_is_plain_data_and_its_weights_are_torchvisions_kind(trained):
+    checkpoint = load(trained[0] / "checkpoint.pth")
+    expected = {"model", "optimizer", "lr_scheduler", "scaler", "epoch", "step", "args", "categories", "rng", "version"}
+    assert expected | {"git"} <= checkpoint.keys()
+    assert (checkpoint["epoch"], checkpoint["step"]) == (0, 0)  # the first epoch is complete
+    assert checkpoint["args"]["model"] == "ssd300_resnet18"
+    assert checkpoint["categories"][0] == {"label": 1, "id": 1, "name": "circle"}
+    names = {path.name for path in trained[0].iterdir()}
+    assert not any(name.endswith(".tmp") for name in names)
+
+
+def test_tensorboard_has_scalars_and_pictures(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0])).Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/bbox_regression", "train/classification", "train/lr", "train/images/s"} <= scalars
+    assert {f"val/{name}" for name in ("AP", "AP50", "AR100")} <= scalars
+    assert {"inputs", "detections/0"} <= set(events.Tags()["images"])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained, data_path, tmp_path, processes):
+    """Seven images do not divide evenly among processes and batches, and none may be lost or come twice."""
+    command = [
+        "evaluate.py",
+        "--checkpoint",
+        trained[0] / "checkpoint.pth",
+        "--data-path",
+        data_path,
+        "--device",
+        "cpu",
+    ]
+    command += ["--workers", 0, "--batch-size", 2, "--output-dir", tmp_path, "--pictures", 2]
+    console = run(*command, processes=processes).stdout
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    in_training = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {name: metrics[name] for name in coco_utils.METRICS} == pytest.approx(
+        {name: in_training[name] for name in coco_utils.METRICS}, abs=1e-3
+    )
+    assert metrics["counts"]["images"] == 7
+    assert coco_utils.format_table(metrics) in console
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+    truth = COCO(str(data_path / "annotations/instances_val2017.json"))
+    evaluator = COCOeval(truth, truth.loadRes(str(tmp_path / "detections.json")), "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    assert [-1 if metrics[name] is None else metrics[name] for name in coco_utils.METRICS] == evaluator.stats.tolist()
+
+
+def test_weights_of_torchvision_give_its_detections(data_path, tmp_path):
+    """A state dict saved by torchvision, on the same JPEG files."""
+    torch.manual_seed(3)
+    theirs = torchvision_ssd300_vgg16(weights=None, weights_backbone=None, num_classes=7).eval()
+    with torch.no_grad():
+        for conv in theirs.head.classification_head.module_list:
+            conv.weight *= 3
+    torch.save(theirs.state_dict(), tmp_path / "torchvision.pth")
+    evaluate.main(
+        evaluate.get_args_parser().parse_args(
+            f"--checkpoint {tmp_path}/torchvision.pth --data-path {data_path} --device cpu --workers 0 -b 3 "
+            f"--output-dir {tmp_path}".split()
+        )
+    )
+    found = json.loads((tmp_path / "detections.json").read_text())
+    assert len(found) > 100
+    a = coco_utils.read_annotations(data_path / "annotations/instances_val2017.json")
+    for row, image_id in enumerate(a.image_ids.tolist()):
+        image = to_tensor(coco_utils.load_image(a, data_path / "val2017", row))
+        with torch.no_grad():
+            (expected,) = theirs([image])
+        ours = [result for result in found if result["image_id"] == image_id]
+        assert [result["category_id"] for result in ours] == expected["labels"].tolist()
+        assert [result["score"] for result in ours] == pytest.approx(expected["scores"].tolist(), abs=1e-5)
+        boxes = np.array([result["bbox"] for result in ours])
+        boxes[:, 2:] += boxes[:, :2]
+        np.testing.assert_allclose(boxes, expected["boxes"].numpy(), rtol=0, atol=1e-2)
+
+
+def train_steps(data_path, output_dir, *flags) -> dict:
+    """Trains in this process without evaluation, and returns the checkpoint."""
+    arguments = [*SMALL, "--data-path", data_path, "--eval-freq", 0, "--epochs", 3, "--output-dir", output_dir, *flags]
+    train.main(train.parse_args([str(argument) for argument in arguments]))
+    return load(output_dir / "checkpoint.pth")
+
+
+@pytest.fixture(scope="module")
+def five_steps(data_path, tmp_path_factory):
+    return train_steps(data_path, tmp_path_factory.mktemp("five"), "--max-steps", 5, "--workers", 0)
+
+
+def test_weights_do_not_depend_on_the_number_of_workers(data_path, five_steps, tmp_path):
+    assert_equal_training(train_steps(data_path, tmp_path, "--max-steps", 5, "--workers", 2), five_steps)
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_resumed_run_equals_an_undisturbed_one(data_path, five_steps, tmp_path, stop):
+    stopped = train_steps(data_path, tmp_path, "--max-steps", stop, "--workers", 2, "--resume", "auto")
+    assert (stopped["epoch"] + 1) * 3 + stopped["step"] == stop
+    assert_equal_training(
+        train_steps(data_path, tmp_path, "--max-steps", 5, "--workers", 0, "--resume", "auto"), five_steps
+    )
+
+
+def test_checkpoints_within_an_epoch(data_path, five_steps, tmp_path, monkeypatch):
+    """A run that dies at step 5 goes on from the checkpoint of step 4."""
+    update = train.TrainingState.update
+
+    def dies_at_step_5(state, loss):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+        update(state, loss)
+
+    monkeypatch.setattr(train.TrainingState, "update", dies_at_step_5)
+    with pytest.raises(KeyboardInterrupt):
+        train_steps(data_path, tmp_path, "--checkpoint-freq", 2, "--workers", 0)
+    monkeypatch.undo()
+    assert load(tmp_path / "checkpoint.pth")["step"] == 1
+    assert_equal_training(
+        train_steps(data_path, tmp_path, "--max-steps", 5, "--workers", 0, "--resume", "auto"), five_steps
+    )
+
+
+def test_an_evaluation_that_an_interruption_prevented_is_made_up_for(data_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_steps(data_path, tmp_path, "--epochs", 1, "--eval-freq", 1, "--workers", 0)
+    assert not (tmp_path / "best.pth").exists()
+    monkeypatch.undo()
+    resumed = train_steps(data_path, tmp_path, "--epochs", 1, "--eval-freq", 1, "--workers", 0, "--resume", "auto")
+    assert resumed["evaluated_step"] == 3
+    assert (tmp_path / "best.pth").exists()
+
+
+def test_changed_learning_rates_take_effect_on_resume(data_path, tmp_path):
+    train_steps(data_path, tmp_path, "--max-steps", 2, "--workers", 0)
+    flags = ["--max-steps", 4, "--workers", 0, "--resume", "auto", "--lr", 0.004, "--lr-steps", 1]
+    checkpoint = train_steps(data_path, tmp_path, *flags)
+    assert checkpoint["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.004 * 0.1)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision(data_path, tmp_path, amp):
+    checkpoint = train_steps(data_path, tmp_path, "--max-steps", 2, "--workers", 0, "--amp", amp)
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert (checkpoint["scaler"] != {}) == (amp == "fp16")
+
+
+def test_torchvisions_command_runs_on_two_processes(run, data_path, tmp_path):
+    command = (
+        "train.py --dataset coco --model ssd300_vgg16 --epochs 120 --lr-steps 80 110 --aspect-ratio-group-factor 3 "
+        "--lr 0.002 --batch-size 4 --weight-decay 0.0005 --data-augmentation ssd --weights-backbone none"
+    )
+    flags = ["--device", "cpu", "--data-path", data_path, "--max-steps", 1, "--workers", 0, "--output-dir", tmp_path]
+    console = run(*command.split(), *flags, processes=2).stdout
+    assert "--aspect-ratio-group-factor has no effect" in console
+    assert "global batch of 8 (2 x 4 images)" in console
+    assert console.count("Average Precision") == 6  # one table, from one process
+    assert load(tmp_path / "checkpoint.pth")["args"]["world_size"] == 2
+
+
+def test_two_processes_hold_the_same_weights_after_training(run, data_path, tmp_path):
+    """Training equals one process whose loss is the mean of both halves of the batch."""
+    flags = ["--data-path", data_path, "--eval-freq", 0, "--workers", 0, "--opt", "sgd", "--lr-gamma", 1]
+    run("train.py", *SMALL, *flags, "--max-steps", 1, "--output-dir", tmp_path, processes=2)
+    distributed = load(tmp_path / "checkpoint.pth")["model"]
+
+    args = train.parse_args([str(flag) for flag in [*SMALL, *flags]])
+    torch.manual_seed(args.seed)
+    a = coco_utils.read_annotations(data_path / "annotations/instances_train2017.json")
+    model = train.make_model(args, a.num_classes).train()
+    preset = train.DetectionPresetTrain(data_augmentation="ssd", size=300)
+    dataset = coco_utils.CocoTrainDataset(a, data_path / "train2017", preset, args.seed)
+    optimizer = train.make_optimizer(args, model)
+    factor = train.lr_schedule(args, steps_per_epoch=len(dataset) // 6)
+    optimizer.param_groups[0]["lr"] *= factor(0)
+    for rank in range(2):
+        keys = next(iter(coco_utils.EpochBatchSampler(len(dataset), 3, args.seed, rank, 2)))
+        batch = coco_utils.collate([dataset[key] for key in keys])
+        losses = model.compute_loss(model(preset.on_device(batch)), batch["boxes"], batch["labels"])
+        (sum(losses.values()) / 2).backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(distributed[name], parameter.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_test_only_evaluates(run, trained, data_path, tmp_path):
+    command = ["train.py", "--test-only", "--resume", trained[0] / "best.pth", "--data-path", data_path]
+    console = run(*command, "--device", "cpu", "--workers", 0, "--output-dir", tmp_path).stdout
+    assert "Average Precision" in console
+    assert (tmp_path / "metrics.json").exists()
+
+
+def test_custom_layout(data_path, tmp_path):
+    arguments = [*SMALL, "--max-steps", 1, "--eval-freq", 0, "--workers", 0, "--output-dir", tmp_path]
+    for split in ("train", "val"):
+        arguments += [f"--{split}-images", data_path / f"{split}2017"]
+        arguments += [f"--{split}-annotations", data_path / f"annotations/instances_{split}2017.json"]
+    train.main(train.parse_args([str(argument) for argument in arguments]))
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
+def test_a_users_mistake_is_one_line(run, tmp_path):
+    result = run("train.py", *SMALL, "--data-path", tmp_path / "nowhere", "--output-dir", tmp_path, fails=True)
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"train.py: error: {tmp_path}/nowhere/annotations/instances_train2017.json: cannot read")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--data-path is missing"),
+        (["--data-path", "{data}", "--batch-size", 99], "do not fill one batch of 99"),
+        (["--data-path", "{data}", "--resume", "nowhere.pth"], r"nowhere\.pth: no such checkpoint file"),
+        (["--data-path", "{data}", "--weights", "nowhere.pth"], r"nowhere\.pth: no such checkpoint file"),
+        (["--data-path", "{data}", "--trainable-backbone-layers", 9], "must be 0 to 5, got 9"),
+        (["--test-only"], "--test-only needs --resume or --weights"),
+    ],
+)
+def test_mistakes_in_flags(data_path, tmp_path, flags, message):
+    flags = [str(flag).format(data=data_path) for flag in flags]
+    args = train.parse_args([*SMALL, "--output-dir", str(tmp_path), "--workers", "0", *flags])
+    with pytest.raises(ValueError, match=message):
+        (train.test_only if args.test_only else train.main)(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed", 1], "--seed 0, this run has 1"),
+        (["--batch-size", 4], "--batch-size 3, this run has 4"),
+        (["--model", "ssd300_vgg16"], "--model ssd300_resnet18, this run has ssd300_vgg16"),
+    ],
+)
+def test_resume_refuses_flags_that_would_change_the_run(data_path, trained, tmp_path, flags, message):
+    flags = ["--resume", trained[0] / "checkpoint.pth", *flags]
+    with pytest.raises(ValueError, match=message):
+        train_steps(data_path, tmp_path, *flags)
+
+
+def test_other_classes_than_the_checkpoints(data_path, trained, tmp_path):
+    content = json.loads((data_path / "annotations/instances_val2017.json").read_text())
+    content["categories"][3]["name"] = "comet"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    a = coco_utils.read_annotations(tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"different classes: only .*checkpoint\.pth has 'star' as category 4"):
+        evaluate.load_model(str(trained[0] / "checkpoint.pth"), None, a)
+
+
+def test_broken_weights_are_no_perfect_detector(data_path, tmp_path):
+    """COCO's API takes a box of NaN for a match; such a model must not get a score."""
+    model = evaluate.ssd.ssd300_resnet18(weights_backbone=None, num_classes=7)
+    model.head.regression_head.module_list[0].bias.data.fill_(float("nan"))
+    a = coco_utils.read_annotations(data_path / "annotations/instances_val2017.json")
+    settings = {"batch_size": 2, "workers": 0, "autocast": evaluate.make_autocast(torch.device("cpu"), None)}
+    with pytest.raises(FloatingPointError, match=r"not finite on images \[1, 2\]"):
+        evaluate.evaluate(model, a, data_path / "val2017", scorer="pycocotools", **settings)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data_path, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the loss \w+ is (nan|inf)"):
+        train_steps(data_path, tmp_path, "--lr", 1e30, "--epochs", 3, "--workers", 0)
+    path = tmp_path / "checkpoint.pth"
+    assert not path.exists() or all(value.isfinite().all() for value in load(path)["model"].values())
+
+
+def test_learning_rate_schedule():
+    args = train.parse_args(["--epochs", "120"])
+    factor = train.lr_schedule(args, steps_per_epoch=3664)
+    assert factor(0) == pytest.approx(1 / 1000)
+    assert factor(500) == pytest.approx(0.5005)
+    assert [factor(3664 * epoch) for epoch in (1, 79, 80, 109, 110, 119)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert factor(1000) == 1
+    one_batch = train.lr_schedule(args, steps_per_epoch=1)
+    assert [one_batch(step) for step in (0, 79, 80)] == pytest.approx([1, 1, 0.1])
+    cosine = train.lr_schedule(train.parse_args(["--epochs", "4", "--lr-scheduler", "cosineannealinglr"]), 10)
+    assert [cosine(10 * epoch) for epoch in (1, 2, 3)] == pytest.approx([0.853553, 0.5, 0.146447], abs=1e-6)
+
+
+def test_warm_up_equals_the_references(monkeypatch):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 1000, total_iters=min(1000, 60 - 1))
+    factor = train.lr_schedule(train.parse_args([]), steps_per_epoch=60)
+    for step in range(60):
+        assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        reference.step()

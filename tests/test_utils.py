@@ -1,0 +1,78 @@
+import json
+
+import pytest
+import torch
+
+import utils
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    utils.save_checkpoint({"step": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        utils.save_checkpoint({"step": lambda: 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_a_checkpoint_goes_to_every_path(tmp_path):
+    utils.save_checkpoint({"step": 1}, tmp_path / "a.pth", tmp_path / "b.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "b.pth"]
+    assert torch.load(tmp_path / "b.pth", weights_only=True) == {"step": 1}
+
+
+def test_an_error_for_the_user_is_one_line():
+    with pytest.raises(SystemExit, match=r"error: --device cuda: PyTorch finds no GPU here"), utils.one_line_errors():
+        if torch.cuda.is_available():
+            pytest.skip("needs a machine without GPU")
+        utils.init_distributed("cuda")
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ValueError, match="could not convert"), utils.one_line_errors():
+        torch.zeros(1).new_tensor(float("one"))
+    with pytest.raises(RuntimeError), utils.one_line_errors():
+        torch.zeros(2) + torch.zeros(3)
+
+
+def make_step_log(tmp_path, **settings) -> tuple[utils.RunLog, utils.StepLog]:
+    log = utils.RunLog(tmp_path)
+    defaults = {"epoch": 2, "first_step": 0, "last_step": 5, "global_step": 10, "images_per_step": 4, "print_freq": 2}
+    return log, utils.StepLog(log, **(defaults | settings))
+
+
+def test_log_lines_hold_means_and_come_at_the_right_steps(tmp_path, capsys):
+    log, steps = make_step_log(tmp_path)
+    for value in (1.0, 3.0, 5.0, 7.0, 9.0):
+        steps.update({"bbox_regression": torch.tensor(value), "classification": torch.tensor(1.0)}, lr=0.01)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["bbox_regression"], line["loss"]) for line in lines] == [
+        (12, 2, 3),
+        (14, 6, 7),
+        (15, 9, 10),
+    ]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith("Epoch: [2]  [4/5]  eta: 0:00:00  lr: 0.010000  loss: 7.0000 (5.0000)")
+    assert list(tmp_path.glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_found_between_lines(tmp_path, value):
+    log, steps = make_step_log(tmp_path, print_freq=100)
+    steps.update({"classification": torch.tensor(value), "bbox_regression": torch.tensor(1.0)}, lr=0.01)
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in epoch 2"):
+        steps.check_finite()
+    log.close()
+
+
+def test_watch_yields_everything_and_counts_the_wait(tmp_path):
+    log, steps = make_step_log(tmp_path)
+    assert list(steps.watch([1, 2, 3])) == [1, 2, 3]
+    assert steps.wait_time > 0
+    log.close()
+
+
+def test_batches_move_with_their_nested_parts():
+    moved = utils.to_device({"a": torch.zeros(2), "b": {"c": torch.ones(1)}}, torch.device("meta"))
+    assert moved["a"].is_meta
+    assert moved["b"]["c"].is_meta
