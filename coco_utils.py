@@ -1,13 +1,9 @@
-"""COCO-format data: annotations, datasets, the order of an epoch, results and scores.
+"""Data in COCO's format: annotation files, images, data sets, and the order of an epoch.
 
-The only room that knows COCO's file format and its API. COCO's boxes are xywh, all others xyxy, in pixels of the
-original image.
+COCO's boxes are xywh, all others xyxy, in pixels of the original image.
 """
 
-import contextlib
-import io
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +11,10 @@ import numpy as np
 import torch
 from numpy import ndarray
 from PIL import Image
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler, default_collate
 
 MAX_COCO_CATEGORY_ID = 90
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 class DataError(ValueError):
@@ -74,30 +68,35 @@ def read_annotations(path: str | Path) -> CocoAnnotations:
     path = Path(path)
     try:
         content = json.loads(path.read_bytes())
-        categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
-        images = {int(image["id"]): image for image in content["images"]}
-        annotations = content["annotations"]
-        ids = np.array([a["id"] for a in annotations], dtype=np.int64)
-        image_of = np.array([a["image_id"] for a in annotations], dtype=np.int64)
-        category_ids = np.array([a["category_id"] for a in annotations], dtype=np.int64)
-        boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(len(annotations), 4)
-        is_crowd = np.array([a.get("iscrowd", 0) for a in annotations], dtype=bool)
-        areas = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in annotations], dtype=np.float64)
-        file_names = [str(image["file_name"]) for image in images.values()]
-        sizes = np.array([(image["height"], image["width"]) for image in images.values()], dtype=np.int64)
+        return parse_annotations(path, content["images"], content["annotations"], content["categories"])
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: cannot read the annotation file: {error.strerror}") from None
     except KeyError as error:
         raise DataError(f"{path}: not a COCO annotation file: {error} is missing somewhere") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a COCO annotation file: {error}") from None
 
-    if not images or not categories:
+
+def parse_annotations(
+    path: Path, images: list[dict], annotations: list[dict], categories: list[dict]
+) -> CocoAnnotations:
+    """Turns the three lists of an annotation file into arrays, sorted by image."""
+    row_of = {int(image["id"]): row for row, image in enumerate(images)}
+    names = {int(category["id"]): str(category["name"]) for category in categories}
+    if not row_of or not names:
         raise DataError(f"{path}: lists no images or no categories")
-    if len(images) != len(content["images"]):
+    if len(row_of) != len(images):
         raise DataError(f"{path}: several images have the same id; give each its own")
-    refuse(path, ids, ~np.isin(image_of, list(images)), "belongs to an image that the file does not list")
-    refuse(path, ids, ~np.isin(category_ids, list(categories)), "has a category_id that is not in categories")
+    ids, image_ids, category_ids = (
+        np.array([a[key] for a in annotations], dtype=np.int64) for key in ("id", "image_id", "category_id")
+    )
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(len(annotations), 4)
+    areas = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in annotations], dtype=np.float64)
+
+    refuse(path, ids, ~np.isin(image_ids, list(row_of)), "belongs to an image that the file does not list")
+    refuse(path, ids, ~np.isin(category_ids, list(names)), "has a category_id that is not in categories")
     refuse(path, ids, ~np.isfinite(boxes).all(axis=1), "has a box that is not finite")
     refuse(path, ids, (boxes[:, 2:] < 0).any(axis=1), "has a box of negative size; COCO boxes are x, y, width, height")
     repeated = np.ones(len(ids), dtype=bool)
@@ -105,23 +104,20 @@ def read_annotations(path: str | Path) -> CocoAnnotations:
     refuse(path, ids, repeated, "has an id that an earlier annotation has; pycocotools would score it wrongly")
     refuse(path, ids, ids == 0, "has id 0, which pycocotools takes for no match; start at 1")
 
-    image_ids = np.array(list(images), dtype=np.int64)
-    row_of = {image_id: row for row, image_id in enumerate(images)}
-    rows = np.array([row_of[image_id] for image_id in image_of.tolist()], dtype=np.int64)
+    rows = np.array([row_of[image_id] for image_id in image_ids.tolist()], dtype=np.int64)
     order = np.argsort(rows, kind="stable")
-    offsets = np.concatenate(([0], np.bincount(rows, minlength=len(images)).cumsum()))
     return CocoAnnotations(
         path=path,
-        image_ids=image_ids,
-        file_names=file_names,
-        sizes=sizes,
-        offsets=offsets,
+        image_ids=np.array(list(row_of), dtype=np.int64),
+        file_names=[str(image["file_name"]) for image in images],
+        sizes=np.array([(image["height"], image["width"]) for image in images], dtype=np.int64),
+        offsets=np.concatenate(([0], np.bincount(rows, minlength=len(images)).cumsum())),
         boxes=boxes[order],
         areas=areas[order],
         category_ids=category_ids[order],
-        is_crowd=is_crowd[order],
+        is_crowd=np.array([a.get("iscrowd", 0) for a in annotations], dtype=bool)[order],
         annotation_ids=ids[order],
-        categories=categories,
+        categories=names,
     )
 
 
@@ -279,103 +275,3 @@ def collate(samples: list[dict]) -> dict:
     padded = {key: [sample.pop(key) for sample in samples] for key in ("boxes", "labels") if key in samples[0]}
     batch = default_collate(samples)
     return batch | {key: pad_sequence(tensors, batch_first=True) for key, tensors in padded.items()}
-
-
-def detections_to_array(image_id: int, detections: dict[str, Tensor], category_id_of: dict[int, int]) -> ndarray:
-    """One image's detections as COCO's array format: float64 [N, 7] of image id, x, y, w, h, score, category id.
-
-    Detections of labels without category (11 of the 90 of a COCO model) are left out; COCO's API would ignore them.
-    """
-    labels = detections["labels"].tolist()
-    kept = [i for i, label in enumerate(labels) if label in category_id_of]
-    boxes, scores = (detections[key].double().cpu().numpy()[kept] for key in ("boxes", "scores"))
-    category_ids = [category_id_of[labels[i]] for i in kept]
-    return np.column_stack(
-        [np.full(len(kept), image_id), boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, category_ids]
-    )
-
-
-def write_results(path: str | Path, detections: ndarray) -> None:
-    """Writes an array of detections [N, 7] in COCO's results format."""
-    results = [
-        {"image_id": int(image_id), "category_id": int(category_id), "bbox": box, "score": score}
-        for image_id, *box, score, category_id in detections.tolist()
-    ]
-    Path(path).write_text(json.dumps(results))
-
-
-def ground_truth(annotations: CocoAnnotations) -> dict:
-    """The annotations as COCO's API wants them for scoring boxes."""
-    image_of_box = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
-    columns = (annotations.annotation_ids, image_of_box, annotations.category_ids, annotations.boxes)
-    columns = [column.tolist() for column in (*columns, annotations.areas, annotations.is_crowd.astype(int))]
-    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-    return {
-        "images": [{"id": image_id} for image_id in annotations.image_ids.tolist()],
-        "annotations": [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)],
-        "categories": [{"id": category_id, "name": name} for category_id, name in annotations.categories.items()],
-    }
-
-
-def score_detections(annotations: CocoAnnotations, detections: ndarray, scorer: str) -> dict:
-    """Scores an array of detections [N, 7] as COCO does.
-
-    Args:
-        annotations: the ground truth, crowds and images without boxes included.
-        detections: what ``detections_to_array`` made, for all images.
-        scorer: ``pycocotools``, which gives the published figure, or ``hotcoco``, which gives the same much faster.
-
-    Returns:
-        The twelve COCO metrics by name (None where there is no ground truth to measure), ``per_class`` AP by category
-        name, and ``counts`` of images, boxes (crowds included) and detections.
-    """
-    if scorer == "hotcoco":
-        from hotcoco import COCO, COCOeval
-    else:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    truth = ground_truth(annotations)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = coco_of(COCO, truth)
-        results = coco.loadRes(detections) if len(detections) else coco_of(COCO, truth | {"annotations": []})
-        evaluator = COCOeval(coco, results, "bbox")
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    precision = evaluator.eval["precision"][:, :, :, 0, -1]  # IoUs, recalls, categories; all areas, 100 detections
-    per_class = {
-        annotations.categories[category_id]: known_or_none(precision[:, :, k].mean())
-        for k, category_id in enumerate(evaluator.params.catIds)
-    }
-    metrics = {name: known_or_none(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
-    counts = {"images": len(annotations.image_ids), "boxes": len(annotations.boxes), "detections": len(detections)}
-    return metrics | {"per_class": per_class, "counts": counts}
-
-
-def format_table(metrics: dict) -> str:
-    """The twelve metrics as COCO's own code prints them."""
-    kinds = {"AP": "Average Precision  (AP)", "AR": "Average Recall     (AR)"}
-    areas = {"s": "small", "m": "medium", "l": "large"}
-    lines = []
-    for name in METRICS:
-        kind, detail = kinds[name[:2]], name[2:]
-        iou = f"0.{detail}" if detail in ("50", "75") else "0.50:0.95"
-        max_detections = detail if detail in ("1", "10") else "100"
-        value = "n/a" if metrics[name] is None else f"{metrics[name]:.3f}"
-        lines.append(
-            f" {kind} @[ IoU={iou:9} | area={areas.get(detail, 'all'):>6} | maxDets={max_detections:>3} ] = {value}"
-        )
-    return "\n".join(lines)
-
-
-def coco_of(coco_class, content: dict):
-    """A COCO object of either library from a dict; ``pycocotools`` takes only a file in its constructor."""
-    coco = coco_class()
-    coco.dataset = content
-    coco.createIndex()
-    return coco
-
-
-def known_or_none(value: float) -> float | None:
-    """COCO says -1 where there is nothing to measure; no average should ever include it."""
-    return None if value == -1 or math.isnan(value) else float(value)

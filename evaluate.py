@@ -17,6 +17,7 @@ from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import coco_eval
 import coco_utils
 import pictures
 import presets
@@ -37,7 +38,7 @@ def detect(
 
     Returns:
         ``image_ids`` that were seen, and their ``detections`` as an array [N, 7], see
-        ``coco_utils.detections_to_array``.
+        ``coco_eval.detections_to_array``.
 
     Raises:
         FloatingPointError: the model predicts boxes or scores that are not finite.
@@ -55,7 +56,7 @@ def detect(
         results = model.postprocess_detections(outputs, batch["size"].to(device))
         for image_id, detections in zip(batch["image_id"].tolist(), results, strict=True):
             image_ids.append(image_id)
-            arrays.append(coco_utils.detections_to_array(image_id, detections, category_id_of))
+            arrays.append(coco_eval.detections_to_array(image_id, detections, category_id_of))
     return {"image_ids": image_ids, "detections": np.concatenate([np.zeros((0, 7)), *arrays])}
 
 
@@ -77,10 +78,10 @@ def evaluate(
         images_dir: folder of its images.
         batch_size, workers: of the loader, per process.
         autocast: context for the forward pass.
-        scorer: see ``coco_utils.score_detections``.
+        scorer: see ``coco_eval.score_detections``.
 
     Returns:
-        On the main process the metrics of ``coco_utils.score_detections`` and all detections [N, 7]; None elsewhere.
+        On the main process the metrics of ``coco_eval.score_detections`` and all detections [N, 7]; None elsewhere.
     """
     share = range(utils.rank(), len(annotations.image_ids), utils.world_size())
     preset = presets.DetectionPresetEval(size=model.size)
@@ -94,7 +95,7 @@ def evaluate(
     assert np.array_equal(np.sort(image_ids), np.sort(annotations.image_ids)), "an image is missing or came twice"
     detections = np.concatenate([share["detections"] for share in shares])
     detections = detections[np.argsort(detections[:, 0], kind="stable")]  # the same order for any number of processes
-    return coco_utils.score_detections(annotations, detections, scorer), detections
+    return coco_eval.score_detections(annotations, detections, scorer), detections
 
 
 def draw_detections(
@@ -182,7 +183,7 @@ def check_categories(known: list[dict], annotations: CocoAnnotations, checkpoint
 def write_reports(output_dir: Path, metrics: dict, detections: ndarray) -> None:
     """Writes metrics.json and detections.json."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    coco_utils.write_results(output_dir / "detections.json", detections)
+    coco_eval.write_results(output_dir / "detections.json", detections)
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
@@ -249,7 +250,7 @@ def main(args: argparse.Namespace) -> None:
     )
     if result is not None:
         metrics, detections = result
-        print(coco_utils.format_table(metrics))
+        print(coco_eval.format_table(metrics))
         output_dir = Path(args.output_dir)
         write_reports(output_dir, metrics, detections)
         write_pictures(output_dir, draw_detections(annotations, images_dir, detections, args.pictures))

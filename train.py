@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+import coco_eval
 import coco_utils
 import evaluate
 import pictures
@@ -207,8 +208,8 @@ def validate(
         return False
     metrics, detections = result
     epoch = (state.global_step - 1) // state.steps_per_epoch
-    log.info(f"Evaluation in epoch {epoch}: {time.perf_counter() - start:.1f} s\n{coco_utils.format_table(metrics)}")
-    log.metrics("val", state.global_step, {name: metrics[name] for name in coco_utils.METRICS}, epoch=epoch)
+    log.info(f"Evaluation in epoch {epoch}: {time.perf_counter() - start:.1f} s\n{coco_eval.format_table(metrics)}")
+    log.metrics("val", state.global_step, {name: metrics[name] for name in coco_eval.METRICS}, epoch=epoch)
     drawn = evaluate.draw_detections(annotations, images_dir, detections, NUM_LOGGED_IMAGES)
     evaluate.write_pictures(Path(args.output_dir), drawn)
     for number, picture in enumerate(drawn):
@@ -376,7 +377,7 @@ def main(args: argparse.Namespace) -> None:
         epoch, first_step = divmod(state.global_step, sampler.steps_per_epoch)
         sampler.select(epoch, first_step, last_step - epoch * sampler.steps_per_epoch)
         step_log = utils.StepLog(
-            log,
+            log=log,
             epoch=epoch,
             first_step=first_step,
             last_step=sampler.last_step,

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -203,38 +204,23 @@ class RunLog:
             self.tensorboard.close()
 
 
+@dataclass(kw_only=True)
 class StepLog:
     """Progress of one epoch: a line every ``print_freq`` steps, and a live bar on a terminal.
 
     Losses stay on the device until a line is due, because reading one makes the host wait for the device.
-
-    Args:
-        log: where lines and numbers go.
-        epoch, first_step, last_step: the steps of ``epoch`` that are run.
-        global_step: number of steps before, in all epochs.
-        images_per_step: images of all processes in one step.
-        print_freq: steps between lines.
     """
 
-    def __init__(
-        self,
-        log: RunLog,
-        *,
-        epoch: int,
-        first_step: int,
-        last_step: int,
-        global_step: int,
-        images_per_step: int,
-        print_freq: int,
-    ):
-        self.log = log
-        self.epoch = epoch
-        self.first_step = first_step
-        self.step = first_step
-        self.last_step = last_step
-        self.global_step = global_step
-        self.images_per_step = images_per_step
-        self.print_freq = print_freq
+    log: RunLog
+    epoch: int
+    first_step: int  # the steps of ``epoch`` that are run
+    last_step: int
+    global_step: int  # steps before this one, in all epochs
+    images_per_step: int  # of all processes
+    print_freq: int
+
+    def __post_init__(self):
+        self.step = self.first_step
         self.totals: dict[str, float] = {}
         self.last_line = "starting"
         self.start_window()

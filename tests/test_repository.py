@@ -14,10 +14,11 @@ import train
 README = (ROOT / "README.md").read_text()
 PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
 ALLOWED_IMPORTS = {
-    "train": {"evaluate", "presets", "coco_utils", "utils", "pictures", "ssd"},
-    "evaluate": {"presets", "coco_utils", "utils", "pictures", "shapes", "ssd"},
+    "train": {"evaluate", "presets", "coco_eval", "coco_utils", "utils", "pictures", "ssd"},
+    "evaluate": {"presets", "coco_eval", "coco_utils", "utils", "pictures", "shapes", "ssd"},
     "presets": {"transforms"},
-    **dict.fromkeys(("transforms", "coco_utils", "utils", "pictures", "shapes", "ssd"), set()),
+    "coco_eval": {"coco_utils"},
+    **{room: set() for room in ("transforms", "coco_utils", "utils", "pictures", "shapes", "ssd")},
 }
 
 

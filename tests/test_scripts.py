@@ -11,6 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection import ssd300_vgg16 as torchvision_ssd300_vgg16
 from torchvision.transforms.functional import to_tensor
 
+import coco_eval
 import coco_utils
 import evaluate
 import train
@@ -51,7 +52,7 @@ def test_training_writes_what_the_readme_promises(trained):
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
     assert all(math.isfinite(line["loss"]) for line in steps)
     assert lines[-1]["kind"] == "val"
-    assert set(coco_utils.METRICS) <= lines[-1].keys()
+    assert set(coco_eval.METRICS) <= lines[-1].keys()
 
 
 def test_checkpoint_is_plain_data_and_its_weights_are_torchvisions_kind(trained):
@@ -91,11 +92,11 @@ def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained,
     console = run(*command, processes=processes).stdout
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     in_training = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {name: metrics[name] for name in coco_utils.METRICS} == pytest.approx(
-        {name: in_training[name] for name in coco_utils.METRICS}, abs=1e-3
+    assert {name: metrics[name] for name in coco_eval.METRICS} == pytest.approx(
+        {name: in_training[name] for name in coco_eval.METRICS}, abs=1e-3
     )
     assert metrics["counts"]["images"] == 7
-    assert coco_utils.format_table(metrics) in console
+    assert coco_eval.format_table(metrics) in console
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
     truth = COCO(str(data_path / "annotations/instances_val2017.json"))
@@ -103,7 +104,7 @@ def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained,
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
-    assert [-1 if metrics[name] is None else metrics[name] for name in coco_utils.METRICS] == evaluator.stats.tolist()
+    assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == evaluator.stats.tolist()
 
 
 def test_weights_of_torchvision_give_its_detections(data_path, tmp_path):

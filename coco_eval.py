@@ -1,0 +1,118 @@
+"""COCO's way to score: detections as COCO results, and the twelve metrics of pycocotools or hotcoco.
+
+The only room that knows their API.
+"""
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+from torch import Tensor
+
+from coco_utils import CocoAnnotations
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def detections_to_array(image_id: int, detections: dict[str, Tensor], category_id_of: dict[int, int]) -> ndarray:
+    """One image's detections as COCO's array format: float64 [N, 7] of image id, x, y, w, h, score, category id.
+
+    Detections of labels without category (11 of the 90 of a COCO model) are left out; COCO's API would ignore them.
+    """
+    labels = detections["labels"].tolist()
+    kept = [i for i, label in enumerate(labels) if label in category_id_of]
+    boxes, scores = (detections[key].double().cpu().numpy()[kept] for key in ("boxes", "scores"))
+    category_ids = [category_id_of[labels[i]] for i in kept]
+    return np.column_stack(
+        [np.full(len(kept), image_id), boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, category_ids]
+    )
+
+
+def write_results(path: str | Path, detections: ndarray) -> None:
+    """Writes an array of detections [N, 7] in COCO's results format."""
+    results = [
+        {"image_id": int(image_id), "category_id": int(category_id), "bbox": box, "score": score}
+        for image_id, *box, score, category_id in detections.tolist()
+    ]
+    Path(path).write_text(json.dumps(results))
+
+
+def ground_truth(annotations: CocoAnnotations) -> dict:
+    """The annotations as COCO's API wants them for scoring boxes."""
+    image_of_box = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
+    columns = (annotations.annotation_ids, image_of_box, annotations.category_ids, annotations.boxes)
+    columns = [column.tolist() for column in (*columns, annotations.areas, annotations.is_crowd.astype(int))]
+    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    return {
+        "images": [{"id": image_id} for image_id in annotations.image_ids.tolist()],
+        "annotations": [dict(zip(keys, values, strict=True)) for values in zip(*columns, strict=True)],
+        "categories": [{"id": category_id, "name": name} for category_id, name in annotations.categories.items()],
+    }
+
+
+def score_detections(annotations: CocoAnnotations, detections: ndarray, scorer: str) -> dict:
+    """Scores an array of detections [N, 7] as COCO does.
+
+    Args:
+        annotations: the ground truth, crowds and images without boxes included.
+        detections: what ``detections_to_array`` made, for all images.
+        scorer: ``pycocotools``, which gives the published figure, or ``hotcoco``, which gives the same much faster.
+
+    Returns:
+        The twelve COCO metrics by name (None where there is no ground truth to measure), ``per_class`` AP by category
+        name, and ``counts`` of images, boxes (crowds included) and detections.
+    """
+    if scorer == "hotcoco":
+        from hotcoco import COCO, COCOeval
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    truth = ground_truth(annotations)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = coco_of(COCO, truth)
+        results = coco.loadRes(detections) if len(detections) else coco_of(COCO, truth | {"annotations": []})
+        evaluator = COCOeval(coco, results, "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    precision = evaluator.eval["precision"][:, :, :, 0, -1]  # IoUs, recalls, categories; all areas, 100 detections
+    per_class = {
+        annotations.categories[category_id]: known_or_none(precision[:, :, k].mean())
+        for k, category_id in enumerate(evaluator.params.catIds)
+    }
+    metrics = {name: known_or_none(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
+    counts = {"images": len(annotations.image_ids), "boxes": len(annotations.boxes), "detections": len(detections)}
+    return metrics | {"per_class": per_class, "counts": counts}
+
+
+def format_table(metrics: dict) -> str:
+    """The twelve metrics as COCO's own code prints them."""
+    kinds = {"AP": "Average Precision  (AP)", "AR": "Average Recall     (AR)"}
+    areas = {"s": "small", "m": "medium", "l": "large"}
+    lines = []
+    for name in METRICS:
+        kind, detail = kinds[name[:2]], name[2:]
+        iou = f"0.{detail}" if detail in ("50", "75") else "0.50:0.95"
+        max_detections = detail if detail in ("1", "10") else "100"
+        value = "n/a" if metrics[name] is None else f"{metrics[name]:.3f}"
+        lines.append(
+            f" {kind} @[ IoU={iou:9} | area={areas.get(detail, 'all'):>6} | maxDets={max_detections:>3} ] = {value}"
+        )
+    return "\n".join(lines)
+
+
+def coco_of(coco_class, content: dict):
+    """A COCO object of either library from a dict; ``pycocotools`` takes only a file in its constructor."""
+    coco = coco_class()
+    coco.dataset = content
+    coco.createIndex()
+    return coco
+
+
+def known_or_none(value: float) -> float | None:
+    """COCO says -1 where there is nothing to measure; no average should ever include it."""
+    return None if value == -1 or math.isnan(value) else float(value)
