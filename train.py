@@ -67,7 +67,7 @@ class TrainingState:
     def state_dict(self) -> dict:
         """Tensors and plain data. ``epoch`` is the last complete one, as in torchvision; ``step`` counts since then."""
         return {
-            "model": self.model.state_dict(),
+            "model": finite(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -116,6 +116,14 @@ def train_one_epoch(
         state.update(sum(losses.values()))
         log.update(losses, lr)
         after_step(log)
+
+
+def finite(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state_dict``, unless a weight is nan or infinite: such a model must not replace a good checkpoint."""
+    for name, value in state_dict.items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f"the weight {name} is no longer finite and was not saved; lower --lr")
+    return state_dict
 
 
 def lr_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
@@ -247,7 +255,7 @@ def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoA
     global_batch = f"{args.batch_size * args.world_size} ({args.world_size} x {args.batch_size} images)"
     log.info(
         f"Learning rate {args.lr:g} for a global batch of {global_batch}; "
-        f"the recipe {args.recipe} is tuned for {presets.RECIPES[args.recipe]['tuned_for_batch']}"
+        f"the recipe {args.recipe} is tuned for {args.tuned_for_batch}"
     )
     if args.aspect_ratio_group_factor is not None:
         log.info("--aspect-ratio-group-factor has no effect: SSD resizes every image to a square")
@@ -255,7 +263,7 @@ def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoA
         (Path(args.output_dir) / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
 
 
-def describe_checkpoint(args: argparse.Namespace, annotations: CocoAnnotations) -> dict:
+def describe_origin(args: argparse.Namespace, annotations: CocoAnnotations) -> dict:
     """What a checkpoint tells about its origin, beside the training state."""
     return {
         "args": vars(args),
@@ -353,9 +361,10 @@ def main(args: argparse.Namespace) -> None:
     autocast = evaluate.make_autocast(device, args.amp)
     last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
 
+    origin = describe_origin(args, train_annotations)
+
     def save(*names: str) -> None:
-        checkpoint = state.state_dict() | describe_checkpoint(args, train_annotations)
-        utils.save_checkpoint(checkpoint, *(output_dir / name for name in names))
+        utils.save_checkpoint(state.state_dict() | origin, *(output_dir / name for name in names))
 
     def after_step(step_log: utils.StepLog) -> None:
         if args.checkpoint_freq and state.global_step % args.checkpoint_freq == 0:
@@ -371,7 +380,7 @@ def main(args: argparse.Namespace) -> None:
     while True:
         if args.eval_freq and evaluation_is_due():
             is_best = validate(args, state, (val_annotations, val_images), log)
-            save("checkpoint.pth", *["best.pth"] * is_best)
+            save(*(("checkpoint.pth", "best.pth") if is_best else ("checkpoint.pth",)))
         if state.global_step >= last_step:
             break
         epoch, first_step = divmod(state.global_step, sampler.steps_per_epoch)
