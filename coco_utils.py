@@ -5,6 +5,7 @@ COCO's boxes are xywh, all others xyxy, in pixels of the original image.
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ class CocoAnnotations:
     annotation_ids: ndarray  # int64 [boxes]
     categories: dict[int, str]  # category id -> name
 
-    @property
+    @cached_property
     def label_of(self) -> dict[int, int]:
         """Category id -> class label of the model.
 

@@ -44,7 +44,7 @@ def detect(
         FloatingPointError: the model predicts boxes or scores that are not finite.
     """
     model.eval()
-    device = next(model.parameters()).device
+    device = model.default_boxes.device
     image_ids, arrays = [], []
     for batch in loader:
         with autocast:
@@ -86,7 +86,8 @@ def evaluate(
     share = range(utils.rank(), len(annotations.image_ids), utils.world_size())
     preset = presets.DetectionPresetEval(size=model.size)
     dataset = coco_utils.CocoEvalDataset(annotations, images_dir, preset, share)
-    loader = DataLoader(dataset, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
+    on_gpu = model.default_boxes.device.type == "cuda"
+    loader = DataLoader(dataset, batch_size, num_workers=workers, pin_memory=on_gpu)
     category_id_of = {label: category_id for category_id, label in annotations.label_of.items()}
     shares = utils.gather_to_main(detect(model, loader, category_id_of, autocast))
     if shares is None:

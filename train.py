@@ -88,7 +88,8 @@ class TrainingState:
             self.optimizer.param_groups, base_lrs, self.lr_scheduler.lr_lambdas, strict=True
         ):
             group["lr"] = base_lr * factor(self.global_step)
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty without fp16
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.evaluated_step = checkpoint["evaluated_step"]
         self.best_ap = checkpoint["best_ap"]
         torch.set_rng_state(checkpoint["rng"])
@@ -159,17 +160,6 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
         return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     nesterov = args.opt == "sgd_nesterov"
     return torch.optim.SGD(parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=nesterov)
-
-
-def make_loader(args: argparse.Namespace, dataset: CocoTrainDataset, sampler: EpochBatchSampler) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=args.workers,
-        collate_fn=coco_utils.collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=args.workers > 0,
-    )
 
 
 def resume(args: argparse.Namespace, state: TrainingState, annotations: CocoAnnotations, log: utils.RunLog) -> None:
@@ -343,7 +333,14 @@ def main(args: argparse.Namespace) -> None:
     preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
     dataset = CocoTrainDataset(train_annotations, train_images, preset, args.seed)
     sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size())
-    loader = make_loader(args, dataset, sampler)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.workers,
+        collate_fn=coco_utils.collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=args.workers > 0,
+    )
 
     output_dir = Path(args.output_dir)
     log = utils.RunLog(output_dir)

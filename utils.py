@@ -140,14 +140,14 @@ def git_commit() -> str | None:
 def one_line_errors() -> Iterator[None]:
     """Ends the script with one line for an error that was raised for the user; any other keeps its traceback.
 
-    Errors for the user are those that this repository raises itself, as ``ValueError`` or ``FloatingPointError``.
+    Errors for the user are ``ValueError`` and ``FloatingPointError`` where this repository raises or defines them.
     """
     try:
         yield
     except (ValueError, FloatingPointError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        is_ours = raised_in.is_relative_to(ROOT) and "site-packages" not in raised_in.parts
-        if not is_ours and type(error).__module__ == "builtins":
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        defined_in = getattr(sys.modules[type(error).__module__], "__file__", None)
+        if not any(path and Path(path).resolve().parent in (ROOT, ROOT / "ssd") for path in (raised_in, defined_in)):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
