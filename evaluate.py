@@ -8,6 +8,7 @@ Prints the COCO table and writes metrics.json, detections.json and, with --pictu
 
 import argparse
 import json
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -103,22 +104,22 @@ def draw_detections(
     annotations: CocoAnnotations, images_dir: str | Path, detections: ndarray, num_pictures: int
 ) -> list[Tensor]:
     """The first images with ground truth (left) and detections over ``MIN_PICTURED_SCORE`` (right), uint8 [3, H, W]."""
-    label_of, drawn = annotations.label_of, []
+    drawn = []
     for row in range(min(num_pictures, len(annotations.image_ids))):
         image = coco_utils.load_image(annotations, Path(images_dir), row)
         objects = slice(*annotations.offsets[row : row + 2])
         found = detections[(detections[:, 0] == annotations.image_ids[row]) & (detections[:, 5] >= MIN_PICTURED_SCORE)]
+        found = found[np.argsort(found[:, 5])]  # the surest is drawn last, over the others
+        notes = [" (crowd)" if is_crowd else "" for is_crowd in annotations.is_crowd[objects]]
+        scores = [f" {score:.2f}" for score in found[:, 5]]
         sides = []
-        for caption, boxes, category_ids, scores in (
-            ("ground truth", annotations.boxes[objects], annotations.category_ids[objects], None),
-            (f"detections, score >= {MIN_PICTURED_SCORE}", found[:, 1:5], found[:, 6], found[:, 5]),
+        for caption, boxes, category_ids, suffixes in (
+            ("ground truth", annotations.boxes[objects], annotations.category_ids[objects], notes),
+            (f"detections, score >= {MIN_PICTURED_SCORE}", found[:, 1:5], found[:, 6], scores),
         ):
-            names = [annotations.categories[category_id] for category_id in category_ids.tolist()]
-            texts = (
-                names if scores is None else [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
-            )
-            labels = [label_of[category_id] for category_id in category_ids.tolist()]
             corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+            texts = [annotations.categories[i] + suffix for i, suffix in zip(category_ids, suffixes, strict=True)]
+            labels = [annotations.label_of[i] for i in category_ids]
             sides.append(pictures.draw_boxes(image, corners, labels, texts, caption))
         drawn.append(pictures.side_by_side(*sides))
     return drawn
@@ -240,6 +241,8 @@ def main(args: argparse.Namespace) -> None:
     images_dir, annotations_path = find_data(args, "val")
     annotations = coco_utils.read_annotations(annotations_path)
     model = load_model(args.checkpoint, args.model, annotations).to(device, memory_format=torch.channels_last)
+    utils.print_on_main(f"Evaluating {args.checkpoint} on {len(annotations.image_ids)} images ({annotations_path})")
+    start = time.perf_counter()
     result = evaluate(
         model,
         annotations,
@@ -255,6 +258,7 @@ def main(args: argparse.Namespace) -> None:
         output_dir = Path(args.output_dir)
         write_reports(output_dir, metrics, detections)
         write_pictures(output_dir, draw_detections(annotations, images_dir, detections, args.pictures))
+        print(f"Done in {time.perf_counter() - start:.1f} s; metrics.json and detections.json are in {output_dir}")
     utils.cleanup_distributed()
 
 

@@ -241,7 +241,7 @@ def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoA
     )
     log.info(f"Evaluating on {len(val.image_ids)} images ({val.path}) with {len(val.boxes)} boxes")
     names = list(train.categories.values())
-    log.info(f"{len(names)} classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    log.info(f"Classes ({len(names)}): {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
     global_batch = f"{args.batch_size * args.world_size} ({args.world_size} x {args.batch_size} images)"
     log.info(
         f"Learning rate {args.lr:g} for a global batch of {global_batch}; "

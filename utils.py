@@ -67,6 +67,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def print_on_main(text: str) -> None:
+    if is_main():
+        print(text, flush=True)
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

@@ -44,7 +44,7 @@ def test_training_writes_what_the_readme_promises(trained):
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert len(list((output / "pictures").iterdir())) == 7
     assert "Training on" in console
-    assert "6 classes: circle, square, triangle, star, ring, cross" in console
+    assert "Classes (6): circle, square, triangle, star, ring, cross" in console
     assert "Learning rate 0.002 for a global batch of 3 (1 x 3 images); the recipe lr_scheme is tuned for 32" in console
     assert "Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ]" in console
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
