@@ -4,6 +4,7 @@ COCO's boxes are xywh, all others xyxy, in pixels of the original image.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler, default_collate
 
 MAX_COCO_CATEGORY_ID = 90
+MIN_BOX_SIDE = 0.01  # pixels; the sides of smaller boxes may round to zero when they are cropped and resized
 
 
 class DataError(ValueError):
@@ -58,6 +60,11 @@ class CocoAnnotations:
     def num_classes(self) -> int:
         """Outputs that a model of these classes needs, background included."""
         return max(self.label_of.values()) + 1
+
+    @property
+    def classes(self) -> list[dict]:
+        """Label, category id and name of each class, in order of the labels: what a checkpoint keeps."""
+        return [{"label": self.label_of[i], "id": i, "name": self.categories[i]} for i in sorted(self.categories)]
 
 
 def read_annotations(path: str | Path) -> CocoAnnotations:
@@ -122,6 +129,17 @@ def parse_annotations(
     )
 
 
+def check_same_classes(classes: list[dict], owner: str | Path, annotations: CocoAnnotations) -> None:
+    """Raises DataError unless ``classes``, which belong to the file ``owner``, are those of the annotations."""
+    for one in [*classes, *annotations.classes]:
+        if (one in classes) != (one in annotations.classes):
+            holder = owner if one in classes else annotations.path
+            raise DataError(
+                f"{owner} and {annotations.path} have different classes: "
+                f"only {holder} has {one['name']!r} as category {one['id']}"
+            )
+
+
 def refuse(path: Path, annotation_ids: ndarray, is_bad: ndarray, fault: str) -> None:
     """Raises a DataError that names the first bad annotation, if there is one."""
     if is_bad.any():
@@ -136,8 +154,8 @@ def load_image(annotations: CocoAnnotations, images_dir: Path, row: int) -> ndar
         DataError: the file is missing, damaged, outside ``images_dir``, or of another size than the annotations say.
     """
     where = f"{images_dir / annotations.file_names[row]} (image id {annotations.image_ids[row]})"
-    path = (images_dir / annotations.file_names[row]).resolve()
-    if not path.is_relative_to(images_dir.resolve()):
+    path = images_dir / annotations.file_names[row]
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(images_dir)):
         raise DataError(f"{where}: lies outside the image folder; correct file_name in {annotations.path}")
     height, width = annotations.sizes[row].tolist()
     try:
@@ -155,8 +173,8 @@ def load_image(annotations: CocoAnnotations, images_dir: Path, row: int) -> ndar
 class CocoTrainDataset(Dataset):
     """Training samples by ``(epoch, index)``; all randomness of a sample comes from ``(seed, epoch, index)``.
 
-    As in the reference, crowd boxes and boxes without area are left out, boxes are clipped to the image, and images
-    without boxes are not trained on.
+    Crowd boxes and boxes without area are left out, boxes are clipped to the image, and images that have none left are
+    not trained on. (torchvision also keeps images that have crowds only; SSD learns nothing from them.)
 
     Args:
         annotations: what to train on.
@@ -180,7 +198,7 @@ class CocoTrainDataset(Dataset):
         boxes = np.concatenate([corner.clip(0, size) for corner in corners], axis=1).astype(np.float32)
         self.boxes = boxes
         self.labels = np.array([annotations.label_of[c] for c in annotations.category_ids.tolist()], dtype=np.int64)
-        self.is_object = ~annotations.is_crowd & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        self.is_object = ~annotations.is_crowd & (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(axis=1)
         self.rows = np.flatnonzero(np.bincount(image_of_box, weights=self.is_object, minlength=num_images))
         if len(self.rows) == 0:
             raise DataError(f"{annotations.path}: no image has a box to train on")
@@ -198,7 +216,7 @@ class CocoTrainDataset(Dataset):
         image = load_image(self.annotations, self.images_dir, row)
         boxes = np.arange(*self.annotations.offsets[row : row + 2])
         boxes = boxes[self.is_object[boxes]]
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, epoch, 1 + index))  # with 0 it would be that of the epoch's order
         sample = self.preset(image, self.boxes[boxes], self.labels[boxes], rng)
         return sample | {"image_id": int(self.annotations.image_ids[row])}
 

@@ -88,7 +88,8 @@ def evaluate(
     preset = presets.DetectionPresetEval(size=model.size)
     dataset = coco_utils.CocoEvalDataset(annotations, images_dir, preset, share)
     on_gpu = model.default_boxes.device.type == "cuda"
-    loader = DataLoader(dataset, batch_size, num_workers=workers, pin_memory=on_gpu)
+    # its own generator: the loader must not draw from the random state that training keeps in its checkpoints
+    loader = DataLoader(dataset, batch_size, num_workers=workers, pin_memory=on_gpu, generator=torch.Generator())
     category_id_of = {label: category_id for category_id, label in annotations.label_of.items()}
     shares = utils.gather_to_main(detect(model, loader, category_id_of, autocast))
     if shares is None:
@@ -154,7 +155,7 @@ def load_model(checkpoint: str, model_name: str | None, annotations: CocoAnnotat
     content = {} if ssd.is_enum_name(checkpoint) else ssd.load_file(checkpoint)
     if "categories" in content:
         model_name = content["args"]["model"]
-        check_categories(content["categories"], annotations, checkpoint)
+        coco_utils.check_same_classes(content["categories"], checkpoint, annotations)
     model = ssd.MODELS[model_name or "ssd300_vgg16"](weights=checkpoint, weights_backbone=None)
     if model.num_classes != annotations.num_classes:
         raise ValueError(
@@ -162,24 +163,6 @@ def load_model(checkpoint: str, model_name: str | None, annotations: CocoAnnotat
             f"but {annotations.path} needs {annotations.num_classes}"
         )
     return model
-
-
-def describe_categories(annotations: CocoAnnotations) -> list[dict]:
-    """The classes of a data set, for its checkpoints."""
-    label_of = annotations.label_of
-    return [{"label": label_of[i], "id": i, "name": annotations.categories[i]} for i in sorted(label_of)]
-
-
-def check_categories(known: list[dict], annotations: CocoAnnotations, checkpoint: str) -> None:
-    """Raises ValueError unless the classes of a checkpoint are those of the annotations."""
-    wanted = describe_categories(annotations)
-    if known != wanted:
-        difference = next(c for c in [*known, *wanted] if (c in known) != (c in wanted))
-        owner = checkpoint if difference in known else annotations.path
-        raise ValueError(
-            f"{checkpoint} and {annotations.path} have different classes: "
-            f"only {owner} has {difference['name']!r} as category {difference['id']}"
-        )
 
 
 def write_reports(output_dir: Path, metrics: dict, detections: ndarray) -> None:
@@ -192,26 +175,33 @@ def write_reports(output_dir: Path, metrics: dict, detections: ndarray) -> None:
 def write_pictures(output_dir: Path, drawn: list[Tensor]) -> None:
     folder = output_dir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
+    for outdated in folder.glob("[0-9]*.png"):
+        outdated.unlink()
     for number, picture in enumerate(drawn):
         pictures.save_png(picture, folder / f"{number:04d}.png")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that train.py and evaluate.py share."""
-    data = parser.add_argument_group("validation data")
+    data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=["coco", "shapes"], help="COCO format, or the embedded set of drawn shapes")
-    data.add_argument(
-        "--data-path", help="folder with train2017, val2017 and annotations (default: data/shapes for it)"
-    )
+    data.add_argument("--data-path", help="folder with train2017, val2017 and annotations (shapes: data/shapes)")
     data.add_argument("--val-images", help="image folder, for another layout than COCO's")
     data.add_argument("--val-annotations", help="annotation file, for another layout than COCO's")
-    data.add_argument("-b", "--batch-size", type=positive, help="images per process (default: %(default)s)")
-    data.add_argument("-j", "--workers", type=int, help="loader processes per process (default: %(default)s)")
     run = parser.add_argument_group("run")
-    run.add_argument("--device", choices=["cuda", "cpu"], help="default: the GPU if there is one")
+    run.add_argument("-b", "--batch-size", type=positive, help="images per process (default: %(default)s)")
+    run.add_argument("-j", "--workers", type=not_negative, help="loader processes per process (default: %(default)s)")
+    run.add_argument("--device", type=device_name, help="cuda, cpu, ... (default: the GPU if there is one)")
     run.add_argument("--amp", nargs="?", const="bf16", choices=list(AMP_DTYPES), help="mixed precision, bf16 if bare")
     run.add_argument("--output-dir", help="folder for everything that is written (default: %(default)s)")
     parser.set_defaults(dataset="coco", workers=4)
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
 
 
 def positive(text: str) -> int:
@@ -219,6 +209,14 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def device_name(text: str) -> str:
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of PyTorch") from None
+    return text
 
 
 def make_autocast(device: torch.device, amp: str | None) -> torch.autocast:
@@ -230,9 +228,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help="file, or SSD300_VGG16_Weights.COCO_V1")
     parser.add_argument("--model", choices=list(ssd.MODELS), help="only for a bare state dict (default: ssd300_vgg16)")
     parser.add_argument("--scorer", choices=["pycocotools", "hotcoco"], default="pycocotools", help="same figures")
-    parser.add_argument("--pictures", type=int, default=0, metavar="N", help="draw the first N images with boxes")
+    parser.add_argument(
+        "--pictures", type=not_negative, default=0, metavar="N", help="draw the first N images with boxes"
+    )
     add_common_arguments(parser)
-    parser.set_defaults(batch_size=8, output_dir="out")
+    parser.set_defaults(batch_size=8, output_dir="out/evaluation")
     return parser
 
 
@@ -257,7 +257,8 @@ def main(args: argparse.Namespace) -> None:
         print(coco_eval.format_table(metrics))
         output_dir = Path(args.output_dir)
         write_reports(output_dir, metrics, detections)
-        write_pictures(output_dir, draw_detections(annotations, images_dir, detections, args.pictures))
+        if args.pictures:
+            write_pictures(output_dir, draw_detections(annotations, images_dir, detections, args.pictures))
         print(f"Done in {time.perf_counter() - start:.1f} s; metrics.json and detections.json are in {output_dir}")
     utils.cleanup_distributed()
 

@@ -7,8 +7,8 @@ some hold a crowd. The same seed draws the same pictures.
 import colorsys
 import json
 import math
-import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,9 @@ def draw_data_set(root: str | Path, seed: int = 0, num_images: dict[str, int] = 
     root = Path(root)
     if (root / "annotations").is_dir():
         return
-    unfinished = root.with_name(f"{root.name}.{os.getpid()}.tmp")
-    (unfinished / "annotations").mkdir(parents=True)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{root.name}.", dir=root.parent))
+    (unfinished / "annotations").mkdir()
     for number, (split, count) in enumerate(num_images.items()):
         (unfinished / split).mkdir()
         images, annotations = [], []
@@ -47,9 +48,12 @@ def draw_data_set(root: str | Path, seed: int = 0, num_images: dict[str, int] = 
         }
         (unfinished / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     try:
+        unfinished.chmod(0o755)
         unfinished.rename(root)
-    except OSError:  # another process was faster
+    except OSError:
         shutil.rmtree(unfinished)
+        if not (root / "annotations").is_dir():  # else another process was faster
+            raise ValueError(f"{root}: is in the way of the embedded data set; choose another --data-path") from None
 
 
 def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[dict]]:

@@ -35,8 +35,17 @@ CHECKPOINT_VERSION = 1
 WARMUP_STEPS = 1000
 WARMUP_START = 1 / 1000
 NUM_LOGGED_IMAGES = 8
-# flags that a resumed run must share with the run that it continues
-FIXED_FLAGS = ("model", "seed", "batch_size", "world_size")
+# what a resumed run must share with the run that it continues
+FIXED_FLAGS = (
+    "model",
+    "seed",
+    "batch_size",
+    "world_size",
+    "opt",
+    "momentum",
+    "weight_decay",
+    "trainable_backbone_layers",
+)
 
 
 @dataclass
@@ -146,11 +155,15 @@ def lr_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int
     return factor
 
 
-def make_model(args: argparse.Namespace, num_classes: int) -> ssd.SSD:
-    keywords = {"weights": args.weights, "num_classes": num_classes}
-    keywords["trainable_backbone_layers"] = args.trainable_backbone_layers
-    if args.weights_backbone is not None:
-        keywords["weights_backbone"] = None if args.weights_backbone == "none" else args.weights_backbone
+def make_model(args: argparse.Namespace, num_classes: int, resumed: bool = False) -> ssd.SSD:
+    """The model that the flags name. One to be ``resumed`` needs no weights, since its checkpoint has them."""
+    keywords = {"num_classes": num_classes, "trainable_backbone_layers": args.trainable_backbone_layers}
+    if resumed:
+        keywords["weights_backbone"] = None
+    else:
+        keywords["weights"] = args.weights
+        if args.weights_backbone is not None:
+            keywords["weights_backbone"] = args.weights_backbone
     return ssd.MODELS[args.model](**keywords)
 
 
@@ -162,28 +175,36 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     return torch.optim.SGD(parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=nesterov)
 
 
-def resume(args: argparse.Namespace, state: TrainingState, annotations: CocoAnnotations, log: utils.RunLog) -> None:
-    """Continues from ``--resume``; ``auto`` is the output folder's checkpoint, if it has one.
+def find_checkpoint(args: argparse.Namespace) -> dict | None:
+    """The checkpoint to continue from: ``--resume``, or for ``auto`` that of the output folder, if it has one.
 
     Raises:
-        ValueError: the file is no training checkpoint, or of a run with another model, data or order of images.
+        ValueError: the file is no training checkpoint, or this run has other values of ``FIXED_FLAGS``.
     """
-    path = Path(args.output_dir) / "checkpoint.pth" if args.resume == "auto" else Path(args.resume)
-    if args.resume == "auto" and not path.exists():
-        log.info(f"--resume auto: there is no {path} yet, starting anew")
-        return
+    path = Path(args.output_dir) / "checkpoint.pth" if args.resume == "auto" else args.resume
+    if not path or (args.resume == "auto" and not path.exists()):
+        return None
     checkpoint = ssd.load_file(path)
     if "lr_scheduler" not in checkpoint or "categories" not in checkpoint:
         raise ValueError(f"{path}: not a checkpoint of train.py; to start from its weights use --weights {path}")
-    evaluate.check_categories(checkpoint["categories"], annotations, str(path))
+    if args.trainable_backbone_layers is None:
+        args.trainable_backbone_layers = checkpoint["args"]["trainable_backbone_layers"]
     for name in FIXED_FLAGS:
         old, new = checkpoint["args"][name], getattr(args, name)
         if old != new:
-            raise ValueError(
-                f"{path}: was made with --{name.replace('_', '-')} {old}, this run has {new}; they must agree"
-            )
-    state.load_state_dict(checkpoint)
-    log.info(f"Continuing from {path} after {state.global_step} steps")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{path}: was made with {flag} {old}, this run has {new}; they must agree")
+    return checkpoint
+
+
+def check_same_data(checkpoint: dict, dataset: CocoTrainDataset) -> None:
+    """Raises ValueError unless ``checkpoint`` was trained on the classes and the number of images of ``dataset``."""
+    coco_utils.check_same_classes(checkpoint["categories"], "the checkpoint to resume", dataset.annotations)
+    if checkpoint["num_images"] != len(dataset):
+        raise ValueError(
+            f"{dataset.annotations.path}: has {len(dataset)} images to train on, the checkpoint to resume "
+            f"{checkpoint['num_images']}; to train its weights on other data use --weights"
+        )
 
 
 def validate(
@@ -192,6 +213,7 @@ def validate(
     """Scores the model, logs and draws what it found. Returns, on the main process, whether it is the best so far."""
     annotations, images_dir = val
     start = time.perf_counter()
+    utils.broadcast_buffers(state.model)
     result = evaluate.evaluate(
         state.model,
         annotations,
@@ -224,7 +246,7 @@ def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: uti
         return
     batch = coco_utils.collate([dataset[0, i] for i in range(min(NUM_LOGGED_IMAGES, len(dataset)))])
     images = preset.on_device(batch).round().byte().permute(0, 2, 3, 1).numpy()
-    names = {c["label"]: c["name"] for c in evaluate.describe_categories(dataset.annotations)}
+    names = {one["label"]: one["name"] for one in dataset.annotations.classes}
     drawn = []
     for image, boxes, labels in zip(images, batch["boxes"], batch["labels"], strict=True):
         is_object = labels > 0
@@ -253,11 +275,12 @@ def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoA
         (Path(args.output_dir) / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
 
 
-def describe_origin(args: argparse.Namespace, annotations: CocoAnnotations) -> dict:
+def describe_origin(args: argparse.Namespace, dataset: CocoTrainDataset) -> dict:
     """What a checkpoint tells about its origin, beside the training state."""
     return {
         "args": vars(args),
-        "categories": evaluate.describe_categories(annotations),
+        "categories": dataset.annotations.classes,
+        "num_images": len(dataset),
         "version": CHECKPOINT_VERSION,
         "git": utils.git_commit(),
     }
@@ -279,7 +302,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument("--weights", help="start from a whole model: SSD300_VGG16_Weights.COCO_V1 or a file")
     model.add_argument("--weights-backbone", help="enum name, file or 'none' (default: ImageNet weights)")
     model.add_argument(
-        "--trainable-backbone-layers", type=int, help="stages that train, from the last (default: 4 of VGG)"
+        "--trainable-backbone-layers",
+        type=evaluate.not_negative,
+        help="stages that train, from the last (default: 4 of VGG)",
     )
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--epochs", type=evaluate.positive, help="default: %(default)s")
@@ -295,15 +320,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--lr-steps", type=int, nargs="+", help="epochs that lower the rate (default: %(default)s)"
     )
     optimization.add_argument("--lr-gamma", type=float, help="factor at each of them (default: %(default)s)")
-    optimization.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
+    optimization.add_argument(
+        "--seed", type=evaluate.not_negative, default=0, help="of weights, order and augmentation (default: 0)"
+    )
     optimization.add_argument("--use-deterministic-algorithms", action="store_true", help="slower on a GPU")
     progress = parser.add_argument_group("progress")
     progress.add_argument(
         "--print-freq", type=evaluate.positive, default=20, help="steps between lines (default: %(default)s)"
     )
-    progress.add_argument("--eval-freq", type=int, default=1, help="epochs between evaluations, 0: never (default: 1)")
     progress.add_argument(
-        "--checkpoint-freq", type=int, default=0, help="steps between checkpoints (default: every epoch)"
+        "--eval-freq", type=evaluate.not_negative, default=1, help="epochs between evaluations, 0: never (default: 1)"
+    )
+    progress.add_argument(
+        "--checkpoint-freq",
+        type=evaluate.not_negative,
+        default=0,
+        help="steps between checkpoints (default: every epoch)",
     )
     progress.add_argument("--resume", help="checkpoint to continue from; 'auto': that of --output-dir, if any")
     progress.add_argument("--test-only", action="store_true", help="evaluate --resume or --weights, then exit")
@@ -328,8 +360,12 @@ def main(args: argparse.Namespace) -> None:
 
     (train_images, train_file), (val_images, val_file) = (evaluate.find_data(args, split) for split in ("train", "val"))
     train_annotations, val_annotations = coco_utils.read_annotations(train_file), coco_utils.read_annotations(val_file)
-    evaluate.check_categories(evaluate.describe_categories(train_annotations), val_annotations, str(train_file))
-    model = make_model(args, train_annotations.num_classes).to(device, memory_format=torch.channels_last)
+    coco_utils.check_same_classes(train_annotations.classes, train_file, val_annotations)
+    checkpoint = find_checkpoint(args)
+    with utils.main_first():  # so that weights are downloaded once
+        model = make_model(args, train_annotations.num_classes, resumed=checkpoint is not None)
+    model = model.to(device, memory_format=torch.channels_last)
+    args.trainable_backbone_layers = model.backbone.trainable_layers
     preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
     dataset = CocoTrainDataset(train_annotations, train_images, preset, args.seed)
     sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size())
@@ -339,26 +375,32 @@ def main(args: argparse.Namespace) -> None:
         num_workers=args.workers,
         collate_fn=coco_utils.collate,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # see evaluate.evaluate
         persistent_workers=args.workers > 0,
     )
 
-    output_dir = Path(args.output_dir)
-    log = utils.RunLog(output_dir)
-    describe_run(args, dataset, val_annotations, log)
     optimizer = make_optimizer(args, model)
     lr_scheduler = LambdaLR(optimizer, lr_schedule(args, sampler.steps_per_epoch))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch)
-    if args.resume:
-        resume(args, state, train_annotations, log)
+    output_dir = Path(args.output_dir)
+    if checkpoint is None:
+        utils.set_aside_earlier_run(output_dir)
     else:
+        check_same_data(checkpoint, dataset)
+        state.load_state_dict(checkpoint)
+    log = utils.RunLog(output_dir, first_step=state.global_step)
+    describe_run(args, dataset, val_annotations, log)
+    if state.global_step == 0:
         log_inputs(dataset, preset, log)
+    else:
+        log.info(f"Continuing after {state.global_step} steps")
 
     forward = utils.distribute(model)
     autocast = evaluate.make_autocast(device, args.amp)
     last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
 
-    origin = describe_origin(args, train_annotations)
+    origin = describe_origin(args, dataset)
 
     def save(*names: str) -> None:
         utils.save_checkpoint(state.state_dict() | origin, *(output_dir / name for name in names))
@@ -405,7 +447,8 @@ def test_only(args: argparse.Namespace) -> None:
         raise ValueError("--test-only needs --resume or --weights, to know what to evaluate")
     if checkpoint == "auto":
         checkpoint = str(Path(args.output_dir) / "checkpoint.pth")
-    evaluate.main(argparse.Namespace(**vars(args), checkpoint=checkpoint, scorer="pycocotools", pictures=0))
+    defaults = evaluate.get_args_parser().parse_args(["--checkpoint", checkpoint])
+    evaluate.main(argparse.Namespace(**vars(defaults) | vars(args)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent
+RUN_FILES = ("checkpoint.pth", "best.pth", "metrics.jsonl", "args.json", "pictures", "events.out.tfevents*")
 
 
 def init_distributed(device: str | None) -> torch.device:
@@ -104,6 +106,13 @@ def distribute(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model) if dist.is_initialized() else model
 
 
+def broadcast_buffers(model: nn.Module) -> None:
+    """Gives every process the main one's buffers. Batch norm's differ between them: each has seen its own batches."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def mean_over_processes(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -132,6 +141,13 @@ def save_checkpoint(checkpoint: dict, *paths: Path) -> None:
         os.replace(temporary, path)
 
 
+def max_memory() -> float:
+    """Most memory in use so far in MiB: of the GPU where one is used, else of this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 def git_commit() -> str | None:
     """The commit that the scripts run from, or None outside a repository."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -150,17 +166,31 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FloatingPointError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raised_in = last.filename if last.line.startswith("raise ") else None  # not by a built-in that we called
         defined_in = getattr(sys.modules[type(error).__module__], "__file__", None)
         if not any(path and Path(path).resolve().parent in (ROOT, ROOT / "ssd") for path in (raised_in, defined_in)):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
+def set_aside_earlier_run(output_dir: Path) -> None:
+    """Moves the files of an earlier run into ``previous-N``: a new run must neither mix with them nor lose them."""
+    earlier = [path for name in RUN_FILES for path in output_dir.glob(name)] if is_main() else []
+    if earlier:
+        number = 1 + len(list(output_dir.glob("previous-*")))
+        folder = output_dir / f"previous-{number}"
+        folder.mkdir()
+        for path in earlier:
+            path.rename(folder / path.name)
+        print(f"{output_dir} held an earlier run, which is now in {folder} (--resume auto would have continued it)")
+
+
 class RunLog:
     """Console, ``metrics.jsonl`` and TensorBoard of a run, in ``output_dir``; silent except on the main process."""
 
-    def __init__(self, output_dir: Path):
+    def __init__(self, output_dir: Path, first_step: int = 0):
+        """Begins a log, or continues it from ``first_step``: what was logged of later steps is dropped."""
         self.enabled = is_main()
         self.live_line = False
         if self.enabled:
@@ -168,8 +198,11 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             output_dir.mkdir(parents=True, exist_ok=True)
-            self.json_lines = open(output_dir / "metrics.jsonl", "a")  # noqa: SIM115
-            self.tensorboard = SummaryWriter(str(output_dir))
+            path = output_dir / "metrics.jsonl"
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+            self.json_lines = open(path, "a")  # noqa: SIM115
+            self.tensorboard = SummaryWriter(str(output_dir), purge_step=first_step + 1 if first_step else None)
 
     def info(self, text: str) -> None:
         if self.enabled:
@@ -284,8 +317,7 @@ class StepLog:
             self.totals[name] = self.totals.get(name, 0.0) + value * self.window_steps
         rates = {"lr": lr, "images/s": self.images_per_step / seconds, "time": seconds}
         rates["data"] = self.wait_time / self.window_steps
-        if torch.cuda.is_available():
-            rates["max mem"] = torch.cuda.max_memory_allocated() / 2**20
+        rates["max mem"] = max_memory()
         eta = datetime.timedelta(seconds=round(seconds * (self.last_step - self.step)))
         done = self.step - self.first_step
         losses = "  ".join(f"{name}: {value:.4f} ({self.totals[name] / done:.4f})" for name, value in means.items())

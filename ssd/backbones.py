@@ -56,6 +56,7 @@ class SSDFeatureExtractorVGG(nn.Module):
         for block in (fc, *extra):
             xavier_init(block)
         self.extra = nn.ModuleList([nn.Sequential(*body[pool4:pool5], fc), *extra])
+        self.trainable_layers = trainable_layers
         self.out_channels = [512, 1024, 512] + [256] * (len(extra) - 1)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -73,7 +74,8 @@ class SSDFeatureExtractorResNet(nn.Module):
 
     Args:
         backbone: a torchvision ResNet.
-        trainable_layers: how many of the five parts (stem, stages 1 to 4) train, counted from the last.
+        trainable_layers: how many of the five parts (stem, stages 1 to 4) train, counted from the last. The others
+            are frozen, their batch norm included.
 
     Raises:
         ValueError: ``trainable_layers`` is not 0 to 5.
@@ -89,12 +91,20 @@ class SSDFeatureExtractorResNet(nn.Module):
         extra = [
             extra_block(channels, 256, 512, stride=2, padding=1, norm=True),
             extra_block(512, 128, 256, norm=True),
-            extra_block(256, 128, 256, norm=True),
+            extra_block(256, 128, 256),  # its map is one cell, too few values for batch norm
         ]
         for block in extra:
             xavier_init(block)
         self.extra = nn.ModuleList([*stages[3:], *extra])
+        self.frozen_stages = list(stages[: len(stages) - trainable_layers])
+        self.trainable_layers = trainable_layers
         self.out_channels = [channels // 4, channels // 2, channels, 512, 256, 256]
+
+    def train(self, mode: bool = True) -> "SSDFeatureExtractorResNet":
+        super().train(mode)
+        for stage in self.frozen_stages:
+            stage.eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.features(images)

@@ -181,6 +181,7 @@ def ssd300_vgg16(
 
     Args:
         weights: weights of the whole model: ``SSD300_VGG16_Weights.COCO_V1``, or a file (state dict or checkpoint).
+            ``"none"`` means None, here and below.
         num_classes: number of classes, background included. By default as many as ``weights`` have, else 91 (COCO).
         weights_backbone: weights of VGG16: ``VGG16_Weights.IMAGENET1K_FEATURES`` or a file; None for random weights.
             Not read where ``weights`` are given.
@@ -197,6 +198,7 @@ def ssd300_vgg16(
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)
+    weights, weights_backbone = (None if source == "none" else source for source in (weights, weights_backbone))
     if weights is None and weights_backbone is not None:
         load_vgg_features(features, weights_backbone)
     if trainable_backbone_layers is None:
@@ -225,6 +227,7 @@ def ssd300_resnet18(
     Arguments and errors as for ``ssd300_vgg16``; the backbone's parts are its stem and four stages.
     """
     resnet = resnet18()
+    weights, weights_backbone = (None if source == "none" else source for source in (weights, weights_backbone))
     if weights is None and weights_backbone is not None:
         load_matching(resnet, load_state_dict(weights_backbone), weights_backbone)
     if trainable_backbone_layers is None:

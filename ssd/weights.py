@@ -29,7 +29,7 @@ def load_file(path: str | Path) -> dict:
             "save a state_dict() instead"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: damaged or no checkpoint ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: damaged or no checkpoint ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a checkpoint or a state dict, found {type(content).__name__}")
     return content
@@ -52,15 +52,21 @@ def load_state_dict(source: str | Path | WeightsEnum) -> dict[str, Tensor]:
         weights = get_weight(str(source))
     except (ValueError, AttributeError, KeyError):
         raise ValueError(f"{source}: torchvision has no weights of this name") from None
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except OSError as error:
-        cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         raise ValueError(
-            f"{source}: cannot download {weights.url} ({error}); put that file at {cache}, "
-            "name a local file instead, or use 'none' to start from random weights"
+            f"{source}: cannot download {weights.url} ({error}); put that file at {cache}, or name a local file "
+            "instead; training can also start from random weights, with 'none'"
         ) from None
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{source}: {cache} is damaged ({first_line(error)}); delete it") from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def is_enum_name(source: str | Path | WeightsEnum) -> bool:
-    return isinstance(source, WeightsEnum) or "_Weights." in str(source)
+    return isinstance(source, WeightsEnum) or ("_Weights." in str(source) and not Path(source).is_file())

@@ -120,6 +120,7 @@ def test_what_is_trained_on(write):
                 annotation(2, 1, 7, (90, 70, 50, 50)),
                 annotation(3, 1, 7, (20, 20, 0, 10)),
                 annotation(4, 1, 7, (200, 20, 10, 10)),
+                annotation(6, 1, 7, (99.995, 20, 10, 10)),
                 annotation(5, 2, 3, (0, 0, 50, 50), iscrowd=1),
             ]
         )
@@ -248,6 +249,15 @@ def test_file_names_cannot_leave_the_image_folder(tmp_path, write, file_name):
     a = coco_utils.read_annotations(write([annotation(1)], images=[image(1) | {"file_name": file_name}]))
     with pytest.raises(DataError, match="lies outside the image folder"):
         coco_utils.load_image(a, tmp_path / "images", 0)
+
+
+def test_image_folders_may_hold_links(tmp_path, write):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "store/a.png")
+    (tmp_path / "images/1.png").symlink_to(tmp_path / "store/a.png")
+    a = coco_utils.read_annotations(write([annotation(1)], images=[image(1)]))
+    assert coco_utils.load_image(a, tmp_path / "images", 0).shape == (80, 100, 3)
 
 
 def test_an_error_in_a_loader_worker_stays_one_line(tmp_path, write):

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -61,11 +62,14 @@ def test_shapes_are_the_same_for_the_same_seed_and_are_drawn_once(tmp_path):
     assert (tmp_path / "a/train2017/000002.jpg").read_bytes() == files[0]
 
 
-def test_a_drawn_box_encloses_its_shape():
-    picture, objects = shapes.draw_picture(np.random.default_rng(3))
-    assert len(objects) > 1
-    for fields in objects:
-        x, y, width, height = fields["bbox"]
-        assert 0 <= x < x + width <= picture.width
-        assert 0 <= y < y + height <= picture.height
-        assert 0 < fields["area"] <= width * height
+@pytest.mark.parametrize("name", shapes.CATEGORIES.values())
+def test_a_drawn_box_encloses_its_shape(name):
+    picture, objects = Image.new("RGB", (120, 100)), []
+    mask = shapes.shape_mask(picture.size, name, np.array([50.0, 40.0]), diameter=60, tilt=10)
+    shapes.add_object(picture, objects, mask, category_id=1, rng=np.random.default_rng(0))
+    (fields,) = objects
+    painted = np.asarray(picture).sum(axis=2) > 0.5 * np.asarray(picture).sum(axis=2).max()
+    columns, rows = painted.any(axis=0).nonzero()[0], painted.any(axis=1).nonzero()[0]
+    expected = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
+    assert fields["bbox"] == pytest.approx(expected, abs=1)
+    assert fields["area"] == pytest.approx(painted.sum(), rel=0.05)

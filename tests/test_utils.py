@@ -29,6 +29,8 @@ def test_an_error_for_the_user_is_one_line(monkeypatch):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ValueError, match="could not convert"), utils.one_line_errors():
         torch.zeros(1).new_tensor(float("one"))
+    with pytest.raises(ValueError, match="zip"), utils.one_line_errors():
+        list(zip([1], [1, 2], strict=True))  # raised by a built-in, right in a file of this repository
     with pytest.raises(RuntimeError), utils.one_line_errors():
         torch.zeros(2) + torch.zeros(3)
 

@@ -73,6 +73,11 @@ def test_damaged_files(tmp_path):
             ssd.load_file(path)
 
 
+def test_a_file_may_be_called_like_an_enum(tmp_path):
+    torch.save(ssd.ssd300_resnet18(weights_backbone=None, num_classes=3).state_dict(), tmp_path / "my_Weights.pth")
+    assert ssd.ssd300_resnet18(weights=str(tmp_path / "my_Weights.pth")).num_classes == 3
+
+
 def test_missing_file():
     with pytest.raises(ValueError, match=r"nowhere.pth: no such checkpoint file"):
         ssd.load_file("nowhere.pth")
@@ -94,4 +99,5 @@ def test_impossible_download_says_what_to_put_where(tmp_path, monkeypatch):
     message = str(error.value)
     assert str(tmp_path / "hub/checkpoints/vgg16_features-amdegroot-88682ab5.pth") in message
     assert "'none'" in message
+    assert ssd.ssd300_vgg16(weights="none", weights_backbone="none", num_classes=2).num_classes == 2
     assert "\n" not in message
