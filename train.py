@@ -13,14 +13,14 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+import checkpoints
 import coco_eval
 import coco_utils
 import evaluate
@@ -28,80 +28,13 @@ import pictures
 import presets
 import ssd
 import utils
+from checkpoints import TrainingState
 from coco_utils import CocoAnnotations, CocoTrainDataset, EpochBatchSampler
 from presets import DetectionPresetTrain
 
-CHECKPOINT_VERSION = 1
 WARMUP_STEPS = 1000
 WARMUP_START = 1 / 1000
 NUM_LOGGED_IMAGES = 8
-# what a resumed run must share with the run that it continues
-FIXED_FLAGS = (
-    "model",
-    "seed",
-    "batch_size",
-    "world_size",
-    "opt",
-    "momentum",
-    "weight_decay",
-    "trainable_backbone_layers",
-)
-
-
-@dataclass
-class TrainingState:
-    """Everything that training changes, and so everything that a checkpoint must hold."""
-
-    model: ssd.SSD
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: LambdaLR
-    scaler: torch.amp.GradScaler
-    steps_per_epoch: int
-    evaluated_step: int = 0
-    best_ap: float = -1.0
-
-    @property
-    def global_step(self) -> int:
-        """Steps done since the start of training."""
-        return self.lr_scheduler.last_epoch
-
-    def update(self, loss: Tensor) -> None:
-        """One step down the gradient of ``loss``."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.lr_scheduler.step()
-
-    def state_dict(self) -> dict:
-        """Tensors and plain data. ``epoch`` is the last complete one, as in torchvision; ``step`` counts since then."""
-        return {
-            "model": finite(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.global_step // self.steps_per_epoch - 1,
-            "step": self.global_step % self.steps_per_epoch,
-            "evaluated_step": self.evaluated_step,
-            "best_ap": self.best_ap,
-            "rng": torch.get_rng_state(),
-        }
-
-    def load_state_dict(self, checkpoint: dict) -> None:
-        """Continues from ``checkpoint``, with the learning rates of this run's flags."""
-        base_lrs = self.lr_scheduler.base_lrs
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"] | {"base_lrs": base_lrs})
-        for group, base_lr, factor in zip(
-            self.optimizer.param_groups, base_lrs, self.lr_scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base_lr * factor(self.global_step)
-        if checkpoint["scaler"]:  # empty without fp16
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.evaluated_step = checkpoint["evaluated_step"]
-        self.best_ap = checkpoint["best_ap"]
-        torch.set_rng_state(checkpoint["rng"])
 
 
 def train_one_epoch(
@@ -126,14 +59,6 @@ def train_one_epoch(
         state.update(sum(losses.values()))
         log.update(losses, lr)
         after_step(log)
-
-
-def finite(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state_dict``, unless a weight is nan or infinite: such a model must not replace a good checkpoint."""
-    for name, value in state_dict.items():
-        if not value.isfinite().all():
-            raise FloatingPointError(f"the weight {name} is no longer finite and was not saved; lower --lr")
-    return state_dict
 
 
 def lr_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
@@ -173,38 +98,6 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
         return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     nesterov = args.opt == "sgd_nesterov"
     return torch.optim.SGD(parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=nesterov)
-
-
-def find_checkpoint(args: argparse.Namespace) -> dict | None:
-    """The checkpoint to continue from: ``--resume``, or for ``auto`` that of the output folder, if it has one.
-
-    Raises:
-        ValueError: the file is no training checkpoint, or this run has other values of ``FIXED_FLAGS``.
-    """
-    path = Path(args.output_dir) / "checkpoint.pth" if args.resume == "auto" else args.resume
-    if not path or (args.resume == "auto" and not path.exists()):
-        return None
-    checkpoint = ssd.load_file(path)
-    if "lr_scheduler" not in checkpoint or "categories" not in checkpoint:
-        raise ValueError(f"{path}: not a checkpoint of train.py; to start from its weights use --weights {path}")
-    if args.trainable_backbone_layers is None:
-        args.trainable_backbone_layers = checkpoint["args"]["trainable_backbone_layers"]
-    for name in FIXED_FLAGS:
-        old, new = checkpoint["args"][name], getattr(args, name)
-        if old != new:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{path}: was made with {flag} {old}, this run has {new}; they must agree")
-    return checkpoint
-
-
-def check_same_data(checkpoint: dict, dataset: CocoTrainDataset) -> None:
-    """Raises ValueError unless ``checkpoint`` was trained on the classes and the number of images of ``dataset``."""
-    coco_utils.check_same_classes(checkpoint["categories"], "the checkpoint to resume", dataset.annotations)
-    if checkpoint["num_images"] != len(dataset):
-        raise ValueError(
-            f"{dataset.annotations.path}: has {len(dataset)} images to train on, the checkpoint to resume "
-            f"{checkpoint['num_images']}; to train its weights on other data use --weights"
-        )
 
 
 def validate(
@@ -273,17 +166,6 @@ def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoA
         log.info("--aspect-ratio-group-factor has no effect: SSD resizes every image to a square")
     if log.enabled:
         (Path(args.output_dir) / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-
-
-def describe_origin(args: argparse.Namespace, dataset: CocoTrainDataset) -> dict:
-    """What a checkpoint tells about its origin, beside the training state."""
-    return {
-        "args": vars(args),
-        "categories": dataset.annotations.classes,
-        "num_images": len(dataset),
-        "version": CHECKPOINT_VERSION,
-        "git": utils.git_commit(),
-    }
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -361,7 +243,7 @@ def main(args: argparse.Namespace) -> None:
     (train_images, train_file), (val_images, val_file) = (evaluate.find_data(args, split) for split in ("train", "val"))
     train_annotations, val_annotations = coco_utils.read_annotations(train_file), coco_utils.read_annotations(val_file)
     coco_utils.check_same_classes(train_annotations.classes, train_file, val_annotations)
-    checkpoint = find_checkpoint(args)
+    checkpoint = checkpoints.find_checkpoint(args)
     with utils.main_first():  # so that weights are downloaded once
         model = make_model(args, train_annotations.num_classes, resumed=checkpoint is not None)
     model = model.to(device, memory_format=torch.channels_last)
@@ -385,9 +267,9 @@ def main(args: argparse.Namespace) -> None:
     state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch)
     output_dir = Path(args.output_dir)
     if checkpoint is None:
-        utils.set_aside_earlier_run(output_dir)
+        checkpoints.set_aside_earlier_run(output_dir)
     else:
-        check_same_data(checkpoint, dataset)
+        checkpoints.check_same_data(checkpoint, dataset)
         state.load_state_dict(checkpoint)
     log = utils.RunLog(output_dir, first_step=state.global_step)
     describe_run(args, dataset, val_annotations, log)
@@ -400,10 +282,10 @@ def main(args: argparse.Namespace) -> None:
     autocast = evaluate.make_autocast(device, args.amp)
     last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
 
-    origin = describe_origin(args, dataset)
+    origin = checkpoints.describe_origin(args, dataset)
 
     def save(*names: str) -> None:
-        utils.save_checkpoint(state.state_dict() | origin, *(output_dir / name for name in names))
+        checkpoints.save_checkpoint(state.state_dict() | origin, *(output_dir / name for name in names))
 
     def after_step(step_log: utils.StepLog) -> None:
         if args.checkpoint_freq and state.global_step % args.checkpoint_freq == 0:

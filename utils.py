@@ -1,4 +1,4 @@
-"""What a run needs around model and data: processes, checkpoints, and its log.
+"""What a run needs around model and data: processes, errors in one line, and its log.
 
 The only room that knows ranks and process groups. Work for the main process alone is a no-op on the others.
 """
@@ -10,7 +10,6 @@ import math
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent
-RUN_FILES = ("checkpoint.pth", "best.pth", "metrics.jsonl", "args.json", "pictures", "events.out.tfevents*")
 
 
 def init_distributed(device: str | None) -> torch.device:
@@ -128,33 +126,11 @@ def to_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-def save_checkpoint(checkpoint: dict, *paths: Path) -> None:
-    """Writes ``checkpoint`` so that each path holds the old or the new file at any moment, even if the machine dies."""
-    if not is_main():
-        return
-    for path in paths:
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
 def max_memory() -> float:
     """Most memory in use so far in MiB: of the GPU where one is used, else of this process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def git_commit() -> str | None:
-    """The commit that the scripts run from, or None outside a repository."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 @contextlib.contextmanager
@@ -172,18 +148,6 @@ def one_line_errors() -> Iterator[None]:
         if not any(path and Path(path).resolve().parent in (ROOT, ROOT / "ssd") for path in (raised_in, defined_in)):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-
-
-def set_aside_earlier_run(output_dir: Path) -> None:
-    """Moves the files of an earlier run into ``previous-N``: a new run must neither mix with them nor lose them."""
-    earlier = [path for name in RUN_FILES for path in output_dir.glob(name)] if is_main() else []
-    if earlier:
-        number = 1 + len(list(output_dir.glob("previous-*")))
-        folder = output_dir / f"previous-{number}"
-        folder.mkdir()
-        for path in earlier:
-            path.rename(folder / path.name)
-        print(f"{output_dir} held an earlier run, which is now in {folder} (--resume auto would have continued it)")
 
 
 class RunLog:

@@ -14,8 +14,9 @@ import train
 README = (ROOT / "README.md").read_text()
 PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
 ALLOWED_IMPORTS = {
-    "train": {"evaluate", "presets", "coco_eval", "coco_utils", "utils", "pictures", "ssd"},
+    "train": {"evaluate", "checkpoints", "presets", "coco_eval", "coco_utils", "utils", "pictures", "ssd"},
     "evaluate": {"presets", "coco_eval", "coco_utils", "utils", "pictures", "shapes", "ssd"},
+    "checkpoints": {"coco_utils", "utils", "ssd"},
     "presets": {"transforms"},
     "coco_eval": {"coco_utils"},
     **{room: set() for room in ("transforms", "coco_utils", "utils", "pictures", "shapes", "ssd")},
@@ -41,7 +42,8 @@ def test_readme_and_parsers_name_the_same_flags():
 
 
 @pytest.mark.parametrize(
-    ("script", "readers"), [("train.py", ("train.py", "evaluate.py")), ("evaluate.py", ("evaluate.py",))]
+    ("script", "readers"),
+    [("train.py", ("train.py", "evaluate.py", "checkpoints.py")), ("evaluate.py", ("evaluate.py",))],
 )
 def test_every_flag_is_read(script, readers):
     read = set()

@@ -6,20 +6,6 @@ import torch
 import utils
 
 
-def test_a_failed_save_keeps_the_old_checkpoint(tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    utils.save_checkpoint({"step": 1}, path)
-    with pytest.raises(Exception, match="pickle"):
-        utils.save_checkpoint({"step": lambda: 2}, path)
-    assert torch.load(path, weights_only=True) == {"step": 1}
-
-
-def test_a_checkpoint_goes_to_every_path(tmp_path):
-    utils.save_checkpoint({"step": 1}, tmp_path / "a.pth", tmp_path / "b.pth")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "b.pth"]
-    assert torch.load(tmp_path / "b.pth", weights_only=True) == {"step": 1}
-
-
 def test_an_error_for_the_user_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"error: --device cuda: PyTorch finds no GPU here"), utils.one_line_errors():

@@ -1,0 +1,171 @@
+"""Checkpoints: what they hold, how they reach the disk, and which of them a run may continue from."""
+
+import argparse
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import coco_utils
+import ssd
+import utils
+from coco_utils import CocoTrainDataset
+
+VERSION = 1
+RUN_FILES = ("checkpoint.pth", "best.pth", "metrics.jsonl", "args.json", "pictures", "events.out.tfevents*")
+# what a resumed run must share with the run that it continues
+FIXED_FLAGS = (
+    "model",
+    "seed",
+    "batch_size",
+    "world_size",
+    "opt",
+    "momentum",
+    "weight_decay",
+    "trainable_backbone_layers",
+)
+
+
+@dataclass
+class TrainingState:
+    """Everything that training changes, and so everything that a checkpoint must hold."""
+
+    model: ssd.SSD
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    steps_per_epoch: int
+    evaluated_step: int = 0
+    best_ap: float = -1.0
+
+    @property
+    def global_step(self) -> int:
+        """Steps done since the start of training."""
+        return self.lr_scheduler.last_epoch
+
+    def update(self, loss: Tensor) -> None:
+        """One step down the gradient of ``loss``."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.lr_scheduler.step()
+
+    def state_dict(self) -> dict:
+        """Tensors and plain data. ``epoch`` is the last complete one, as in torchvision; ``step`` counts since then."""
+        return {
+            "model": finite(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.global_step // self.steps_per_epoch - 1,
+            "step": self.global_step % self.steps_per_epoch,
+            "evaluated_step": self.evaluated_step,
+            "best_ap": self.best_ap,
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, checkpoint: dict) -> None:
+        """Continues from ``checkpoint``, with the learning rates of this run's flags."""
+        base_lrs = self.lr_scheduler.base_lrs
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"] | {"base_lrs": base_lrs})
+        for group, base_lr, factor in zip(
+            self.optimizer.param_groups, base_lrs, self.lr_scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base_lr * factor(self.global_step)
+        if checkpoint["scaler"]:  # empty without fp16
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.evaluated_step = checkpoint["evaluated_step"]
+        self.best_ap = checkpoint["best_ap"]
+        torch.set_rng_state(checkpoint["rng"])
+
+
+def finite(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state_dict``, unless a weight is nan or infinite: such a model must not replace a good checkpoint."""
+    for name, value in state_dict.items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f"the weight {name} is no longer finite and was not saved; lower --lr")
+    return state_dict
+
+
+def describe_origin(args: argparse.Namespace, dataset: CocoTrainDataset) -> dict:
+    """What a checkpoint tells about its origin, beside the training state."""
+    return {
+        "args": vars(args),
+        "categories": dataset.annotations.classes,
+        "num_images": len(dataset),
+        "version": VERSION,
+        "git": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit that the scripts run from, or None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save_checkpoint(checkpoint: dict, *paths: Path) -> None:
+    """Writes ``checkpoint`` so that each path holds the old or the new file at any moment, even if the machine dies."""
+    if not utils.is_main():
+        return
+    for path in paths:
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def find_checkpoint(args: argparse.Namespace) -> dict | None:
+    """The checkpoint to continue from: ``--resume``, or for ``auto`` that of the output folder, if it has one.
+
+    Raises:
+        ValueError: the file is no training checkpoint, or this run has other values of ``FIXED_FLAGS``.
+    """
+    path = Path(args.output_dir) / "checkpoint.pth" if args.resume == "auto" else args.resume
+    if not path or (args.resume == "auto" and not path.exists()):
+        return None
+    checkpoint = ssd.load_file(path)
+    if "lr_scheduler" not in checkpoint or "categories" not in checkpoint:
+        raise ValueError(f"{path}: not a checkpoint of train.py; to start from its weights use --weights {path}")
+    if args.trainable_backbone_layers is None:
+        args.trainable_backbone_layers = checkpoint["args"]["trainable_backbone_layers"]
+    for name in FIXED_FLAGS:
+        old, new = checkpoint["args"][name], getattr(args, name)
+        if old != new:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{path}: was made with {flag} {old}, this run has {new}; they must agree")
+    return checkpoint
+
+
+def check_same_data(checkpoint: dict, dataset: CocoTrainDataset) -> None:
+    """Raises ValueError unless ``checkpoint`` was trained on the classes and the number of images of ``dataset``."""
+    coco_utils.check_same_classes(checkpoint["categories"], "the checkpoint to resume", dataset.annotations)
+    if checkpoint["num_images"] != len(dataset):
+        raise ValueError(
+            f"{dataset.annotations.path}: has {len(dataset)} images to train on, the checkpoint to resume "
+            f"{checkpoint['num_images']}; to train its weights on other data use --weights"
+        )
+
+
+def set_aside_earlier_run(output_dir: Path) -> None:
+    """Moves the files of an earlier run into ``previous-N``: a new run must neither mix with them nor lose them."""
+    earlier = [path for name in RUN_FILES for path in output_dir.glob(name)] if utils.is_main() else []
+    if earlier:
+        number = 1 + len(list(output_dir.glob("previous-*")))
+        folder = output_dir / f"previous-{number}"
+        folder.mkdir()
+        for path in earlier:
+            path.rename(folder / path.name)
+        print(f"{output_dir} held an earlier run, which is now in {folder} (--resume auto would have continued it)")
