@@ -281,7 +281,6 @@ def main(args: argparse.Namespace) -> None:
     forward = utils.distribute(model)
     autocast = evaluate.make_autocast(device, args.amp)
     last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
-
     origin = checkpoints.describe_origin(args, dataset)
 
     def save(*names: str) -> None:
@@ -317,7 +316,7 @@ def main(args: argparse.Namespace) -> None:
         )
         train_one_epoch(state, forward, loader, preset, autocast, step_log, after_step)
         save("checkpoint.pth")
-    log.info(f"Done: {state.global_step} steps; everything is in {output_dir}")
+    log.info(f"Done: {state.global_step} steps; everything is in {output_dir} (tensorboard --logdir {output_dir})")
     log.close()
     utils.cleanup_distributed()
 
