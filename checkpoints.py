@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -114,17 +115,16 @@ def git_commit() -> str | None:
         return None
 
 
-def save_checkpoint(checkpoint: dict, *paths: Path) -> None:
-    """Writes ``checkpoint`` so that each path holds the old or the new file at any moment, even if the machine dies."""
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Writes ``checkpoint`` so that ``path`` is the old or the new file at any moment, even if the machine dies."""
     if not utils.is_main():
         return
-    for path in paths:
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def find_checkpoint(args: argparse.Namespace) -> dict | None:
@@ -144,8 +144,8 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
     for name in FIXED_FLAGS:
         old, new = checkpoint["args"][name], getattr(args, name)
         if old != new:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{path}: was made with {flag} {old}, this run has {new}; they must agree")
+            setting = "number of processes" if name == "world_size" else "--" + name.replace("_", "-")
+            raise ValueError(f"{path}: was made with {setting} {old}, this run has {new}; they must agree")
     return checkpoint
 
 
@@ -155,17 +155,22 @@ def check_same_data(checkpoint: dict, dataset: CocoTrainDataset) -> None:
     if checkpoint["num_images"] != len(dataset):
         raise ValueError(
             f"{dataset.annotations.path}: has {len(dataset)} images to train on, the checkpoint to resume "
-            f"{checkpoint['num_images']}; to train its weights on other data use --weights"
+            f"{checkpoint['num_images']}; to train its weights on other images use --weights"
         )
+
+
+def continues_in_place(args: argparse.Namespace) -> bool:
+    """Whether ``--resume`` names a checkpoint of the output folder, whose log then goes on."""
+    return args.resume == "auto" or Path(args.resume).resolve().parent == Path(args.output_dir).resolve()
 
 
 def set_aside_earlier_run(output_dir: Path) -> None:
     """Moves the files of an earlier run into ``previous-N``: a new run must neither mix with them nor lose them."""
+    utils.barrier()  # a slower process may still be reading one of them
     earlier = [path for name in RUN_FILES for path in output_dir.glob(name)] if utils.is_main() else []
     if earlier:
-        number = 1 + len(list(output_dir.glob("previous-*")))
-        folder = output_dir / f"previous-{number}"
+        folder = next(path for n in count(1) if not (path := output_dir / f"previous-{n}").exists())
         folder.mkdir()
         for path in earlier:
             path.rename(folder / path.name)
-        print(f"{output_dir} held an earlier run, which is now in {folder} (--resume auto would have continued it)")
+        print(f"{output_dir} held an earlier run, which is now in {folder}")

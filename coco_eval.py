@@ -25,7 +25,7 @@ def detections_to_array(image_id: int, detections: dict[str, Tensor], category_i
     """
     labels = detections["labels"].tolist()
     kept = [i for i, label in enumerate(labels) if label in category_id_of]
-    boxes, scores = (detections[key].double().cpu().numpy()[kept] for key in ("boxes", "scores"))
+    boxes, scores = (detections[key].cpu().double().numpy()[kept] for key in ("boxes", "scores"))
     category_ids = [category_id_of[labels[i]] for i in kept]
     return np.column_stack(
         [np.full(len(kept), image_id), boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, category_ids]

@@ -240,7 +240,9 @@ def main(args: argparse.Namespace) -> None:
     device = utils.init_distributed(args.device)
     images_dir, annotations_path = find_data(args, "val")
     annotations = coco_utils.read_annotations(annotations_path)
-    model = load_model(args.checkpoint, args.model, annotations).to(device, memory_format=torch.channels_last)
+    with utils.main_first():  # so that weights are downloaded once
+        model = load_model(args.checkpoint, args.model, annotations)
+    model = model.to(device, memory_format=torch.channels_last)
     utils.print_on_main(f"Evaluating {args.checkpoint} on {len(annotations.image_ids)} images ({annotations_path})")
     start = time.perf_counter()
     result = evaluate(

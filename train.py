@@ -266,12 +266,16 @@ def main(args: argparse.Namespace) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch)
     output_dir = Path(args.output_dir)
-    if checkpoint is None:
-        checkpoints.set_aside_earlier_run(output_dir)
-    else:
+    if checkpoint is not None:
         checkpoints.check_same_data(checkpoint, dataset)
         state.load_state_dict(checkpoint)
-    log = utils.RunLog(output_dir, first_step=state.global_step)
+    if not utils.all_agree(state.global_step):
+        raise ValueError("the processes found different checkpoints: --output-dir must be shared by all machines")
+    if checkpoint is None or not checkpoints.continues_in_place(args):
+        checkpoints.set_aside_earlier_run(output_dir)
+    if not (output_dir / "best.pth").exists():
+        state.best_ap = -1.0  # that of the resumed run is elsewhere
+    log = utils.RunLog(output_dir, last_steps={"train": state.global_step, "val": state.evaluated_step})
     describe_run(args, dataset, val_annotations, log)
     if state.global_step == 0:
         log_inputs(dataset, preset, log)
@@ -283,8 +287,8 @@ def main(args: argparse.Namespace) -> None:
     last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
     origin = checkpoints.describe_origin(args, dataset)
 
-    def save(*names: str) -> None:
-        checkpoints.save_checkpoint(state.state_dict() | origin, *(output_dir / name for name in names))
+    def save(name: str) -> None:
+        checkpoints.save_checkpoint(state.state_dict() | origin, output_dir / name)
 
     def after_step(step_log: utils.StepLog) -> None:
         if args.checkpoint_freq and state.global_step % args.checkpoint_freq == 0:
@@ -299,8 +303,9 @@ def main(args: argparse.Namespace) -> None:
     # Evaluation comes first, so that a run resumed between an epoch and its evaluation makes up for it.
     while True:
         if args.eval_freq and evaluation_is_due():
-            is_best = validate(args, state, (val_annotations, val_images), log)
-            save(*(("checkpoint.pth", "best.pth") if is_best else ("checkpoint.pth",)))
+            if validate(args, state, (val_annotations, val_images), log):
+                save("best.pth")
+            save("checkpoint.pth")
         if state.global_step >= last_step:
             break
         epoch, first_step = divmod(state.global_step, sampler.steps_per_epoch)

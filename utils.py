@@ -118,6 +118,16 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def all_agree(value: int) -> bool:
+    """Whether ``value`` is the same in every process."""
+    if not dist.is_initialized():
+        return True
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    extremes = torch.tensor([value, -value], device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    return extremes[0].item() == -extremes[1].item()
+
+
 def to_device(batch: dict, device: torch.device) -> dict:
     """Moves the tensors of a (nested) batch without waiting for the copies."""
     return {
@@ -153,8 +163,8 @@ def one_line_errors() -> Iterator[None]:
 class RunLog:
     """Console, ``metrics.jsonl`` and TensorBoard of a run, in ``output_dir``; silent except on the main process."""
 
-    def __init__(self, output_dir: Path, first_step: int = 0):
-        """Begins a log, or continues it from ``first_step``: what was logged of later steps is dropped."""
+    def __init__(self, output_dir: Path, last_steps: dict[str, int] | None = None):
+        """Begins a log, or continues it: what was logged of a kind after its step in ``last_steps`` is dropped."""
         self.enabled = is_main()
         self.live_line = False
         if self.enabled:
@@ -163,10 +173,10 @@ class RunLog:
 
             output_dir.mkdir(parents=True, exist_ok=True)
             path = output_dir / "metrics.jsonl"
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+            drop_later_lines(path, last_steps or {})
             self.json_lines = open(path, "a")  # noqa: SIM115
-            self.tensorboard = SummaryWriter(str(output_dir), purge_step=first_step + 1 if first_step else None)
+            last_step = max((last_steps or {}).values(), default=0)
+            self.tensorboard = SummaryWriter(str(output_dir), purge_step=last_step + 1 if last_step else None)
 
     def info(self, text: str) -> None:
         if self.enabled:
@@ -204,6 +214,19 @@ class RunLog:
             self.clear_live_line()
             self.json_lines.close()
             self.tensorboard.close()
+
+
+def drop_later_lines(path: Path, last_steps: dict[str, int]) -> None:
+    """Keeps the lines of metrics.jsonl up to the last step of their kind; a line cut short by a crash goes too."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if record["step"] <= last_steps.get(record["kind"], 0):
+                kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ def pair():
     theirs = torchvision_ssd300_vgg16(weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
     with torch.no_grad():
         for conv in theirs.head.classification_head.module_list:
-            conv.weight *= 0.1
+            conv.weight *= 0.3
     ours = ssd.ssd300_vgg16(weights_backbone=None, num_classes=NUM_CLASSES)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs

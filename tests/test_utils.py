@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ def test_an_error_for_the_user_is_one_line(monkeypatch):
         utils.init_distributed("cuda")
 
 
-def test_other_errors_keep_their_traceback():
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(utils, "ROOT", Path(__file__).parent)
     with pytest.raises(ValueError, match="could not convert"), utils.one_line_errors():
         torch.zeros(1).new_tensor(float("one"))
     with pytest.raises(ValueError, match="zip"), utils.one_line_errors():
-        list(zip([1], [1, 2], strict=True))  # raised by a built-in, right in a file of this repository
+        list(zip([1], [1, 2], strict=True))  # by a built-in, though called from a file of the repository
+    with pytest.raises(SystemExit, match="for the user"), utils.one_line_errors():
+        raise ValueError("for the user")
     with pytest.raises(RuntimeError), utils.one_line_errors():
         torch.zeros(2) + torch.zeros(3)
 
@@ -50,6 +54,21 @@ def test_a_loss_that_is_not_finite_is_found_between_lines(tmp_path, value):
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in epoch 2"):
         steps.check_finite()
     log.close()
+
+
+def test_a_continued_log_drops_what_came_later_and_what_a_crash_cut(tmp_path):
+    lines = [
+        '{"kind": "train", "step": 2}',
+        '{"kind": "val", "step": 2}',
+        '{"kind": "train", "step": 4}',
+        '{"kind": "tr',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    log = utils.RunLog(tmp_path, last_steps={"train": 3, "val": 1})
+    log.metrics("train", 4, {"loss": 0.5})
+    log.close()
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [{"kind": "train", "step": 2}, {"kind": "train", "step": 4, "loss": 0.5}]
 
 
 def test_watch_yields_everything_and_counts_the_wait(tmp_path):
