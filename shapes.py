@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CATEGORIES = {1: "circle", 2: "square", 3: "triangle", 4: "star", 5: "ring", 6: "cross"}
-NUM_IMAGES = {"train2017": 420, "val2017": 100}
+NUM_IMAGES = {"train2017": 480, "val2017": 100}
 SUPERSAMPLING = 2  # outlines are drawn larger and shrunk, which smooths them
 UPRIGHT = {"circle": 0, "square": 45, "triangle": -90, "star": -90, "ring": 0, "cross": 15}  # angle of the first corner
 MAX_TILT = 15  # degrees

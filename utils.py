@@ -79,13 +79,15 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Runs the block on the first process of each machine, then on the others."""
+    """Runs the block on the first process of each machine, then on the others, also where it fails there."""
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:
         barrier()
-    yield
-    if is_first:
-        barrier()
+    try:
+        yield
+    finally:
+        if is_first:
+            barrier()
 
 
 def gather_to_main(value) -> list | None:

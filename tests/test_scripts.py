@@ -338,6 +338,12 @@ def test_a_users_mistake_is_one_line(run, tmp_path):
     )
 
 
+def test_a_mistake_ends_all_processes(run, data_path, tmp_path):
+    command = ["evaluate.py", "--checkpoint", tmp_path / "nowhere.pth", "--data-path", data_path, "--device", "cpu"]
+    result = run(*command, "--output-dir", tmp_path, processes=2, fails=True)
+    assert f"evaluate.py: error: {tmp_path}/nowhere.pth: no such checkpoint file" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
