@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -16,6 +17,7 @@ import coco_eval
 import coco_utils
 import evaluate
 import train
+import utils
 
 SMALL = ["--model", "ssd300_resnet18", "--weights-backbone", "none", "--device", "cpu", "--batch-size", "3"]
 
@@ -298,17 +300,37 @@ def test_two_processes_average_their_gradients(run, data_path, tmp_path):
         assert not torch.equal(distributed[name], initial[name]), name
 
 
-def test_processes_evaluate_the_model_that_is_saved(run, data_path, tmp_path):
-    """Batch norm has seen other images in each process; what is scored must be what the checkpoint holds."""
-    flags = ["--data-path", data_path, "--workers", 0, "--output-dir", tmp_path, "--device", "cpu", "--batch-size", 3]
-    run("train.py", *SMALL, *flags, "--opt", "adamw", "--lr", 0.001, "--max-steps", 6, processes=2)
-    run("evaluate.py", "--checkpoint", tmp_path / "checkpoint.pth", *flags)
-    in_training = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["AR100"] > 0
-    assert {name: metrics[name] for name in coco_eval.METRICS} == pytest.approx(
-        {name: in_training[name] for name in coco_eval.METRICS}, abs=1e-4
-    )
+BATCH_NORM_SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import utils
+
+utils.init_distributed("cpu")
+norm = torch.nn.BatchNorm1d(2)
+norm(torch.randn(8, 2) + 10 * utils.rank())
+before, _ = utils.gather_to_main(norm.running_mean.clone()) or (None, None)
+utils.broadcast_buffers(norm)
+after = utils.gather_to_main(norm.running_mean)
+if utils.is_main():
+    assert torch.equal(after[0], before) and torch.equal(after[1], before), (before, after)
+    print("equal", before.tolist())
+utils.cleanup_distributed()
+"""
+
+
+def test_processes_get_the_main_ones_batch_norm(run, tmp_path):
+    """Batch norm has seen other images in each process, but only the main one's is saved."""
+    (tmp_path / "script.py").write_text(BATCH_NORM_SCRIPT.format(root=str(ROOT)))
+    assert "equal" in run(tmp_path / "script.py", processes=2).stdout
+
+
+def test_batch_norm_is_made_equal_before_every_evaluation(data_path, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(utils, "broadcast_buffers", lambda model: calls.append("broadcast"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: calls.append("evaluate"))
+    train_steps(data_path, tmp_path, "--epochs", 2, "--eval-freq", 1, "--workers", 0)
+    assert calls == ["broadcast", "evaluate"] * 2
 
 
 def test_test_only_evaluates(run, trained, data_path, tmp_path):
