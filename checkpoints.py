@@ -149,6 +149,26 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
     return checkpoint
 
 
+def begin_or_continue(
+    args: argparse.Namespace, state: TrainingState, checkpoint: dict | None, dataset: CocoTrainDataset
+) -> None:
+    """Brings ``state`` to where ``checkpoint`` was, if there is one, and readies the output folder.
+
+    Raises:
+        ValueError: the checkpoint is of other data, or the processes found different ones.
+    """
+    output_dir = Path(args.output_dir)
+    if checkpoint is not None:
+        check_same_data(checkpoint, dataset)
+        state.load_state_dict(checkpoint)
+    if not utils.all_agree(state.global_step):
+        raise ValueError("the processes found different checkpoints: --output-dir must be shared by all machines")
+    if checkpoint is None or not continues_in_place(args):
+        set_aside_earlier_run(output_dir)
+    if not (output_dir / "best.pth").exists():
+        state.best_ap = -1.0  # that of the resumed run is elsewhere
+
+
 def check_same_data(checkpoint: dict, dataset: CocoTrainDataset) -> None:
     """Raises ValueError unless ``checkpoint`` was trained on the classes and the number of images of ``dataset``."""
     coco_utils.check_same_classes(checkpoint["categories"], "the checkpoint to resume", dataset.annotations)

@@ -265,16 +265,8 @@ def main(args: argparse.Namespace) -> None:
     lr_scheduler = LambdaLR(optimizer, lr_schedule(args, sampler.steps_per_epoch))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch)
+    checkpoints.begin_or_continue(args, state, checkpoint, dataset)
     output_dir = Path(args.output_dir)
-    if checkpoint is not None:
-        checkpoints.check_same_data(checkpoint, dataset)
-        state.load_state_dict(checkpoint)
-    if not utils.all_agree(state.global_step):
-        raise ValueError("the processes found different checkpoints: --output-dir must be shared by all machines")
-    if checkpoint is None or not checkpoints.continues_in_place(args):
-        checkpoints.set_aside_earlier_run(output_dir)
-    if not (output_dir / "best.pth").exists():
-        state.best_ap = -1.0  # that of the resumed run is elsewhere
     log = utils.RunLog(output_dir, last_steps={"train": state.global_step, "val": state.evaluated_step})
     describe_run(args, dataset, val_annotations, log)
     if state.global_step == 0:
