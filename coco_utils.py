@@ -148,7 +148,9 @@ def refuse(path: Path, annotation_ids: ndarray, is_bad: ndarray, fault: str) -> 
 
 
 def load_image(annotations: CocoAnnotations, images_dir: Path, row: int) -> ndarray:
-    """Decodes an image to uint8 [H, W, 3], RGB. EXIF rotation is ignored, since COCO's boxes are not rotated.
+    """Decodes an image to uint8 [H, W, 4]: RGB and a byte without meaning; pixels of four bytes are gathered fastest.
+
+    EXIF rotation is ignored, since COCO's boxes are not rotated.
 
     Raises:
         DataError: the file is missing, damaged, outside ``images_dir``, or of another size than the annotations say.
@@ -161,7 +163,8 @@ def load_image(annotations: CocoAnnotations, images_dir: Path, row: int) -> ndar
     try:
         with Image.open(path, formats=["JPEG", "PNG"]) as image:
             if image.size == (width, height):
-                return np.array(image.convert("RGB"))
+                rgb = image if image.mode == "RGB" else image.convert("RGB")
+                return np.frombuffer(rgb.tobytes("raw", "RGBX"), np.uint8).reshape(height, width, 4)
             size = image.size
     except FileNotFoundError:
         raise DataError(f"{where}: no such file; check the image folder") from None
@@ -210,14 +213,18 @@ class CocoTrainDataset(Dataset):
     def num_boxes(self) -> int:
         return int(self.is_object.sum())
 
+    def objects(self, row: int) -> tuple[ndarray, ndarray]:
+        """What to find in an image: boxes float32 [G, 4], xyxy in its pixels, and labels int64 [G]."""
+        boxes = np.arange(*self.annotations.offsets[row : row + 2])
+        boxes = boxes[self.is_object[boxes]]
+        return self.boxes[boxes], self.labels[boxes]
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         row = self.rows[index]
         image = load_image(self.annotations, self.images_dir, row)
-        boxes = np.arange(*self.annotations.offsets[row : row + 2])
-        boxes = boxes[self.is_object[boxes]]
         rng = np.random.default_rng((self.seed, epoch, 1 + index))  # with 0 it would be that of the epoch's order
-        sample = self.preset(image, self.boxes[boxes], self.labels[boxes], rng)
+        sample = self.preset(image, *self.objects(row), rng)
         return sample | {"image_id": int(self.annotations.image_ids[row])}
 
 

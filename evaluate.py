@@ -89,7 +89,14 @@ def evaluate(
     dataset = coco_utils.CocoEvalDataset(annotations, images_dir, preset, share)
     on_gpu = model.default_boxes.device.type == "cuda"
     # its own generator: the loader must not draw from the random state that training keeps in its checkpoints
-    loader = DataLoader(dataset, batch_size, num_workers=workers, pin_memory=on_gpu, generator=torch.Generator())
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        num_workers=workers,
+        pin_memory=on_gpu,
+        worker_init_fn=utils.keep_freed_memory,
+        generator=torch.Generator(),
+    )
     category_id_of = {label: category_id for category_id, label in annotations.label_of.items()}
     shares = utils.gather_to_main(detect(model, loader, category_id_of, autocast))
     if shares is None:
@@ -107,7 +114,7 @@ def draw_detections(
     """The first images with ground truth (left) and detections over ``MIN_PICTURED_SCORE`` (right), uint8 [3, H, W]."""
     drawn = []
     for row in range(min(num_pictures, len(annotations.image_ids))):
-        image = coco_utils.load_image(annotations, Path(images_dir), row)
+        image = coco_utils.load_image(annotations, Path(images_dir), row)[..., :3]
         objects = slice(*annotations.offsets[row : row + 2])
         found = detections[(detections[:, 0] == annotations.image_ids[row]) & (detections[:, 5] >= MIN_PICTURED_SCORE)]
         found = found[np.argsort(found[:, 5])]  # the surest is drawn last, over the others

@@ -39,7 +39,7 @@ class DetectionPresetTrain:
     def __call__(self, image: ndarray, boxes: ndarray, labels: ndarray, rng: np.random.Generator) -> dict:
         """
         Args:
-            image: uint8 [H, W, 3].
+            image: uint8 [H, W, 4], RGB and a byte without meaning.
             boxes: float32 [G, 4], xyxy in pixels of ``image``.
             labels: int64 [G].
             rng: the source of all randomness.
@@ -53,10 +53,10 @@ class DetectionPresetTrain:
         view = T.View(0, 0, image.shape[1], image.shape[0])
         for transform in self.geometric:
             view, boxes, labels = transform(view, boxes, labels, rng)
-        pixels, coverage = T.resample(image, view, self.size)
+        pixels, coverage = T.resample(image, view, self.size, np.uint8)
         return sample | {
-            "image": to_channels_first(np.rint(pixels).astype(np.uint8)),
-            "coverage": torch.from_numpy(coverage),
+            "image": pixels,
+            "coverage": coverage,
             "boxes": torch.from_numpy(T.project_boxes(boxes, view, self.size)),
             "labels": torch.from_numpy(labels),
         }
@@ -76,14 +76,9 @@ class DetectionPresetEval:
         self.size = size
 
     def __call__(self, image: ndarray) -> Tensor:
-        """uint8 [H, W, 3] -> float32 [3, size, size], 0 to 255."""
-        view = T.View(0, 0, image.shape[1], image.shape[0])
-        pixels, _ = T.resample(image, view, self.size)
-        return to_channels_first(pixels)
-
-
-def to_channels_first(pixels: ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        """uint8 [H, W, 4] -> float32 [3, size, size], 0 to 255."""
+        pixels, _ = T.resample(image, T.View(0, 0, image.shape[1], image.shape[0]), self.size, np.float32)
+        return pixels
 
 
 # name -> values of train.py's flags, and the global batch that its learning rate is tuned for.

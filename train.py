@@ -257,6 +257,7 @@ def main(args: argparse.Namespace) -> None:
         num_workers=args.workers,
         collate_fn=coco_utils.collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=utils.keep_freed_memory,
         generator=torch.Generator(),  # see evaluate.evaluate
         persistent_workers=args.workers > 0,
     )

@@ -110,12 +110,14 @@ class RandomHorizontalFlip:
 
 def overlaps(crops: ndarray, boxes: ndarray) -> tuple[ndarray, ndarray]:
     """Of every crop [N, 4] with every box [G, 4]: whether the box's centre lies inside, and the IoU, both [N, G]."""
-    crops = crops[:, None].astype(np.float32)
-    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-    has_center = ((crops[..., :2] < centers) & (centers < crops[..., 2:])).all(axis=2)
-    sides = np.minimum(crops[..., 2:], boxes[:, 2:]) - np.maximum(crops[..., :2], boxes[:, :2])
-    intersection = sides.clip(min=0).prod(axis=2)
-    union = (crops[..., 2:] - crops[..., :2]).prod(axis=2) + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - intersection
+    left, top, right, bottom = crops.astype(np.float32).T[..., None]  # [N, 1] each
+    x1, y1, x2, y2 = boxes.T
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    has_center = (left < x) & (x < right) & (top < y) & (y < bottom)
+    width = np.minimum(right, x2) - np.maximum(left, x1)
+    height = np.minimum(bottom, y2) - np.maximum(top, y1)
+    intersection = np.maximum(width, 0) * np.maximum(height, 0)
+    union = (right - left) * (bottom - top) + (x2 - x1) * (y2 - y1) - intersection
     return has_center, intersection / np.maximum(union, 1e-9)
 
 
@@ -130,19 +132,19 @@ def project_boxes(boxes: ndarray, view: View, size: int) -> ndarray:
 
 @dataclass(frozen=True)
 class AxisTaps:
-    """The two source pixels along an axis that each output pixel blends, their weights, and the share they cover.
+    """The two source pixels along an axis that each output pixel blends; the fields but ``coverage`` hold the covered.
 
-    A coverage below 1 means that the rest of the output pixel is fill. The weights sum to 1 wherever coverage > 0.
+    ``coverage`` is the share of the image in each output pixel; the rest of it is fill.
     """
 
-    first: ndarray
-    second: ndarray
-    first_weight: ndarray
-    second_weight: ndarray
-    coverage: ndarray
+    first: ndarray  # int64 [covered]
+    second: ndarray  # int64 [covered]
+    second_weight: ndarray  # float32 [covered], without influence where second is first
+    covered: slice  # of the output pixels
+    coverage: ndarray  # float32 [size]
 
 
-def axis_taps(start: int, length: int, image_length: int, size: int) -> AxisTaps:
+def axis_taps(start: int, length: int, image_length: int, size: int, flipped: bool = False) -> AxisTaps:
     """Bilinear taps for ``size`` output pixels over ``length`` source pixels from ``start``.
 
     Positions are computed in float32 in the order of ``F.interpolate(align_corners=False)``, to agree with it.
@@ -152,47 +154,53 @@ def axis_taps(start: int, length: int, image_length: int, size: int) -> AxisTaps
     first = np.minimum(position.astype(np.int64), length - 1)
     second = np.minimum(first + 1, length - 1)
     second_weight = position - first.astype(np.float32)
-    weights, indices = [], []
-    for tap, weight in ((first, 1 - second_weight), (second, second_weight)):
-        index = tap + start
-        inside = (index >= 0) & (index < image_length)
-        weights.append(np.where(inside, weight, np.float32(0)))
-        indices.append(index.clip(0, image_length - 1))
-    coverage = weights[0] + weights[1]
-    divisor = np.where(coverage > 0, coverage, 1)
-    return AxisTaps(indices[0], indices[1], weights[0] / divisor, weights[1] / divisor, coverage)
+    first, second = first + start, second + start
+    has_first, has_second = ((tap >= 0) & (tap < image_length) for tap in (first, second))
+    coverage = np.where(has_first, 1 - second_weight, np.float32(0)) + np.where(has_second, second_weight, 0)
+    # where one tap is fill, what is left of the image is the other alone
+    first, second = np.where(has_first, first, second), np.where(has_second, second, first)
+    taps = first, second, second_weight, coverage
+    first, second, second_weight, coverage = (array[::-1].copy() for array in taps) if flipped else taps
+    covered = np.flatnonzero(coverage)
+    covered = slice(covered[0], covered[-1] + 1) if len(covered) else slice(0)
+    return AxisTaps(first[covered], second[covered], second_weight[covered], covered, coverage)
 
 
-def resample(image: ndarray, view: View, size: int) -> tuple[ndarray, ndarray]:
+def resample(image: ndarray, view: View, size: int, dtype: type) -> tuple[Tensor, Tensor]:
     """What ``view`` shows of ``image``, as the network input.
 
+    Each operation is exact or rounds each number on its own, so that the result does not depend on how PyTorch splits
+    the work: it is the same, bit for bit, in the main process and in a loader worker.
+
     Args:
-        image: uint8 [H, W, 3].
+        image: uint8 [H, W, 4]. Whole pixels of four bytes are gathered far faster than those of three.
         view: the window on it.
         size: side of the output in pixels.
+        dtype: np.uint8, which rounds, or np.float32, which does not.
 
     Returns:
-        pixels: float32 [size, size, 3], 0 to 255. Where the view leaves the image they are to be replaced by fill:
+        pixels: [3, size, size], 0 to 255. Where the view leaves the image they are to be replaced by fill:
         coverage: float32 [2, size], for rows and columns; their product is the image's share of a pixel.
     """
     height, width = image.shape[:2]
     rows = axis_taps(view.top, view.height, height, size)
-    columns = axis_taps(view.left, view.width, width, size)
-    left, right = columns.first.min(), columns.second.max() + 1
-    pixels = blend(image[:, left:right], rows, rows.first, rows.second)
-    pixels = blend(pixels.transpose(1, 0, 2), columns, columns.first - left, columns.second - left).transpose(1, 0, 2)
-    coverage = np.stack((rows.coverage, columns.coverage))
-    if view.flipped:
-        pixels, coverage[1] = pixels[:, ::-1], coverage[1, ::-1].copy()
-    return pixels, coverage
+    columns = axis_taps(view.left, view.width, width, size, view.flipped)
+    start, end = (rows.first[0], rows.second[-1] + 1) if len(rows.first) else (0, 0)
+    lines = image.view(np.uint32)[start:end, :, 0]
+    taps = (torch.from_numpy(lines.take(tap, axis=1).view(np.uint8)).float() for tap in (columns.first, columns.second))
+    lines = blend(*taps, torch.from_numpy(columns.second_weight.repeat(4)))
+    taps = (lines.index_select(0, torch.from_numpy(tap - start)) for tap in (rows.first, rows.second))
+    seen = blend(*taps, torch.from_numpy(rows.second_weight)[:, None]).numpy()
+    if dtype == np.uint8:
+        seen = seen.round().astype(np.uint8)
+    pixels = np.zeros((3, size, size), dtype)
+    pixels[:, rows.covered, columns.covered] = seen.reshape(len(seen), -1, 4)[..., :3].transpose(2, 0, 1)
+    return torch.from_numpy(pixels), torch.from_numpy(np.stack((rows.coverage, columns.coverage)))
 
 
-def blend(pixels: ndarray, taps: AxisTaps, first: ndarray, second: ndarray) -> ndarray:
-    """Blends pairs of lines of ``pixels`` [length, ...] into float32 [size, ...]."""
-    shape = (-1, 1, 1)
-    blended = pixels[first] * taps.first_weight.reshape(shape)
-    blended += pixels[second] * taps.second_weight.reshape(shape)
-    return blended
+def blend(first: Tensor, second: Tensor, second_weight: Tensor) -> Tensor:
+    """``first + second_weight * (second - first)``, in the memory of ``second``."""
+    return second.sub_(first).mul_(second_weight).add_(first)
 
 
 def fill_uncovered(images: Tensor, coverage: Tensor) -> Tensor:
@@ -221,7 +229,7 @@ class RandomPhotometricDistort:
         self.p = p
 
     def draw(self, image: ndarray, rng: np.random.Generator) -> dict[str, ndarray]:
-        """Parameters for the uint8 image [H, W, 3]; its pixels are needed for the grey that contrast pivots on."""
+        """Parameters for the uint8 image [H, W, 4]; its pixels are needed for the grey that contrast pivots on."""
         neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
         factors = {k: rng.uniform(*r) if rng.random() < self.p else neutral[k] for k, r in self.ranges.items()}
         contrast, contrast_first = factors.pop("contrast"), rng.random() < 0.5
@@ -275,15 +283,18 @@ def shift_hue(images: Tensor, shift: Tensor | float) -> Tensor:
 
 
 def grey_mean(image: ndarray, factors: dict[str, float]) -> float:
-    """Mean grey of the whole source image at the moment when contrast is applied.
+    """Mean grey of the whole source image [H, W, 4] at the moment when contrast is applied.
 
     Every n-th pixel suffices for a mean. It also keeps PyTorch from splitting the work among threads, so that the
     result is the same, bit for bit, in the main process and in a loader worker.
     """
-    height, width = image.shape[:2]
-    stride = int(np.ceil(np.sqrt(height * width / MAX_PIXELS_FOR_GREY_MEAN)))
-    pixels = torch.from_numpy(image[::stride, ::stride].astype(np.float32)).permute(2, 0, 1).unsqueeze(0)
+    pixels = image.reshape(-1, 4)
+    stride = -(-len(pixels) // MAX_PIXELS_FOR_GREY_MEAN)
+    sampled = pixels[stride // 2 :: stride, :3].astype(np.float32)
+    pixels = torch.from_numpy(sampled).T.reshape(1, 3, 1, -1)
     pixels = adjust_brightness(pixels, factors["brightness"])
-    if factors["contrast_after"] != 1.0:
-        pixels = shift_hue(mix(pixels, to_grey(pixels), factors["saturation"]), factors["hue"])
+    if factors["contrast_after"] != 1.0 and factors["saturation"] != 1.0:
+        pixels = mix(pixels, to_grey(pixels), factors["saturation"])
+    if factors["contrast_after"] != 1.0 and factors["hue"] != 0.0:
+        pixels = shift_hue(pixels, factors["hue"])
     return float(to_grey(pixels).numpy().mean())

@@ -1,24 +1,29 @@
 """Input pipeline: images per second and core, against decoding alone and against torchvision's reference pipeline.
 
-    python benchmarks/input_pipeline.py [--data-path DIR] [--images N] [--rounds N]
+    python benchmarks/input_pipeline.py [--data-path DIR] [--images N] [--rounds N] [--workers N]
 
-Without --data-path it makes JPEG files of COCO's size and texture by itself. The variants take turns in every round, on
-the same files and in one thread, so that a noisy machine slows all alike; the median round counts. The last line is one
-JSON object.
+Without --data-path it makes JPEG files of COCO's size and texture by itself. Each variant runs in one thread of its own
+process, as a loader worker does. They take turns in every round, on the same files, so that a noisy machine slows all
+alike; the median round counts, by processor time. Last comes a DataLoader with --workers processes: images per second
+by the clock, and the memory that a worker has for itself. The last line is one JSON object.
 """
 
 import argparse
 import json
+import multiprocessing
+import re
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -26,13 +31,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import coco_utils
 import presets
+import utils
+from coco_utils import CocoTrainDataset
 
 BATCH_SIZE = 8
 SIZE = 300
+SEED = 0
 
 
 def make_coco_like_data(root: Path, num_images: int) -> None:
-    """JPEG files of 640 x 480 pixels and about 170 kB, with seven boxes each, in COCO's layout."""
+    """JPEG files of 640 x 480 pixels and about 125 kB, with seven boxes each, in COCO's layout."""
     rng = np.random.default_rng(0)
     (root / "train2017").mkdir(parents=True)
     (root / "annotations").mkdir()
@@ -50,7 +58,18 @@ def make_coco_like_data(root: Path, num_images: int) -> None:
     (root / "annotations/instances_train2017.json").write_text(json.dumps(content))
 
 
-def reference_pipeline():
+def open_data_set(root: Path) -> CocoTrainDataset:
+    annotations = coco_utils.read_annotations(root / "annotations/instances_train2017.json")
+    preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=SIZE)
+    return CocoTrainDataset(annotations, root / "train2017", preset, SEED)
+
+
+def decode(dataset: CocoTrainDataset) -> None:
+    for row in dataset.rows:
+        coco_utils.load_image(dataset.annotations, dataset.images_dir, row)
+
+
+def reference(dataset: CocoTrainDataset) -> None:
     """torchvision's ``ssd`` preset with transforms v2 on PIL images, and the resize and normalisation of its model."""
     fill = {tv_tensors.Image: (123.0, 117.0, 104.0), Image.Image: (123, 117, 104), "others": 0}
     augment = v2.Compose(
@@ -65,85 +84,129 @@ def reference_pipeline():
             v2.ToPureTensor(),
         ]
     )
-
-    def process(path: Path, boxes: np.ndarray, labels: np.ndarray) -> torch.Tensor:
-        image = Image.open(path).convert("RGB")
+    mean = torch.tensor([0.48235, 0.45882, 0.40784]).view(3, 1, 1)
+    for row in dataset.rows:
+        image = Image.open(dataset.images_dir / dataset.annotations.file_names[row]).convert("RGB")
+        boxes, labels = dataset.objects(row)
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width)),
             "labels": torch.from_numpy(labels),
         }
         pixels, target = augment(image, target)
-        mean = torch.tensor([0.48235, 0.45882, 0.40784]).view(3, 1, 1)
-        return F.interpolate(((pixels - mean) * 255)[None], size=(SIZE, SIZE), mode="bilinear")[0]
-
-    return process
+        F.interpolate(((pixels - mean) * 255)[None], size=(SIZE, SIZE), mode="bilinear")
 
 
-def variants(root: Path) -> dict:
-    """Name -> function that processes all images of the data set once."""
-    annotations = coco_utils.read_annotations(root / "annotations/instances_train2017.json")
-    preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=SIZE)
-    dataset = coco_utils.CocoTrainDataset(annotations, root / "train2017", preset, seed=0)
-    reference = reference_pipeline()
+def batches(dataset: CocoTrainDataset) -> list[dict]:
+    keys = [(0, index) for index in range(len(dataset))]
+    starts = range(0, len(keys), BATCH_SIZE)
+    return [coco_utils.collate([dataset[key] for key in keys[start : start + BATCH_SIZE]]) for start in starts]
 
-    def decode() -> None:
-        for row in dataset.rows:
-            coco_utils.load_image(annotations, dataset.images_dir, row)
 
-    def run_reference() -> None:
-        for row in dataset.rows:
-            boxes = np.arange(*annotations.offsets[row : row + 2])
-            boxes = boxes[dataset.is_object[boxes]]
-            path = dataset.images_dir / annotations.file_names[row]
-            reference(path, dataset.boxes[boxes], dataset.labels[boxes])
+def ours(dataset: CocoTrainDataset) -> None:
+    batches(dataset)
 
-    def batches(epoch: int) -> list[dict]:
-        starts = range(0, len(dataset), BATCH_SIZE)
-        return [
-            coco_utils.collate([dataset[epoch, i] for i in range(start, min(start + BATCH_SIZE, len(dataset)))])
-            for start in starts
-        ]
 
-    def ours() -> None:
-        batches(epoch=0)
+def ours_with_device_stage(dataset: CocoTrainDataset) -> None:
+    for batch in batches(dataset):
+        dataset.preset.on_device(batch)
 
-    def ours_with_device_stage() -> None:
-        for batch in batches(epoch=0):
-            preset.on_device(batch)
 
-    functions = {"decode": decode, "reference": run_reference, "ours": ours, "ours + device": ours_with_device_stage}
-    return {"num_images": len(dataset), "functions": functions}
+# name -> what it runs, and whether its process keeps freed memory, as our loader workers do
+VARIANTS = {
+    "decode": (decode, True),
+    "reference": (reference, False),
+    "reference, keeping memory": (reference, True),
+    "ours": (ours, True),
+    "ours + device stage": (ours_with_device_stage, True),
+}
+
+
+def start_worker(keeps_memory: bool) -> None:
+    torch.set_num_threads(1)
+    if keeps_memory:
+        utils.keep_freed_memory()
+
+
+def seconds_of(name: str, root: Path) -> float:
+    """Processor time of one pass over the data set."""
+    dataset = open_data_set(root)
+    start = time.process_time()
+    VARIANTS[name][0](dataset)
+    return time.process_time() - start
+
+
+def measure_variants(root: Path, rounds: int) -> dict[str, float]:
+    """Images per second and core of each variant."""
+    num_images = len(open_data_set(root))
+    context = multiprocessing.get_context("spawn")
+    pools = {
+        name: ProcessPoolExecutor(1, context, start_worker, (keeps_memory,))
+        for name, (_, keeps_memory) in VARIANTS.items()
+    }
+    seconds = {name: [] for name in VARIANTS}
+    for _ in range(rounds + 1):
+        for name, pool in pools.items():
+            seconds[name].append(pool.submit(seconds_of, name, root).result())
+    for pool in pools.values():
+        pool.shutdown()
+    return {name: num_images / statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
+
+
+def private_memory(pid: int) -> float:
+    """MiB of a process that no other process shares."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(kib) for kib in re.findall(r"^Private_\w+: +(\d+) kB$", text, re.MULTILINE)) / 1024
+
+
+def measure_loader(root: Path, workers: int, rounds: int) -> dict[str, float]:
+    """A DataLoader as in train.py: images per second by the clock, and the private memory of its largest worker."""
+    dataset = open_data_set(root)
+    sampler = coco_utils.EpochBatchSampler(len(dataset), BATCH_SIZE, SEED)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=coco_utils.collate,
+        worker_init_fn=utils.keep_freed_memory,
+        persistent_workers=True,
+    )
+    rates = []
+    for epoch in range(rounds + 1):
+        sampler.select(epoch)
+        start = time.perf_counter()
+        num_images = sum(len(batch["image"]) for batch in loader)
+        rates.append(num_images / (time.perf_counter() - start))
+    memory = max(private_memory(process.pid) for process in multiprocessing.active_children())
+    return {"images_per_second": statistics.median(rates[1:]), "private_MiB_per_worker": memory}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", type=Path, help="folder in COCO's layout; its training images are used")
     parser.add_argument("--images", type=int, default=60, help="how many to make where no path is given")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2, help="of the DataLoader")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_path or Path(folder) / "data"
         if args.data_path is None:
             make_coco_like_data(root, args.images)
-        measured = variants(root)
-        seconds = {name: [] for name in measured["functions"]}
-        for _ in range(args.rounds + 1):
-            for name, function in measured["functions"].items():
-                start = time.process_time()
-                function()
-                seconds[name].append(time.process_time() - start)
-    rates = {name: measured["num_images"] / statistics.median(times[1:]) for name, times in seconds.items()}
+        rates = measure_variants(root, args.rounds)
+        loader = measure_loader(root, args.workers, args.rounds)
     for name, rate in rates.items():
-        print(f"{name:15} {rate:7.1f} images/s per core   {1000 / rate:6.2f} ms per image")
+        print(f"{name:26} {rate:7.1f} images/s per core   {1000 / rate:6.2f} ms per image")
     ratios = {
-        "ours / reference": rates["ours"] / rates["reference"],
-        "ours / decode": rates["ours"] / rates["decode"],
-        "ours + device / reference": rates["ours + device"] / rates["reference"],
+        f"{one} / {other}": rates[one] / rates[other]
+        for one in ("ours", "ours + device stage")
+        for other in ("reference", "reference, keeping memory", "decode")
     }
     for name, ratio in ratios.items():
-        print(f"{name:26} {ratio:.2f}")
-    print(json.dumps({"images_per_second_per_core": rates, **ratios}))
+        print(f"{name:46} {ratio:.2f}")
+    print(
+        f"loader with {args.workers} workers: {loader['images_per_second']:.1f} images/s, "
+        f"{loader['private_MiB_per_worker']:.0f} MiB for each worker alone"
+    )
+    print(json.dumps({"images_per_second_per_core": rates, **ratios, "loader": {"workers": args.workers, **loader}}))
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_images_of_any_mode_become_rgb(tmp_path, write, mode):
     a = coco_utils.read_annotations(write([annotation(1)], images=[image(1)]))
     Image.new(mode, (100, 80)).save(tmp_path / "1.png", format="JPEG" if mode == "CMYK" else "PNG")
     pixels = coco_utils.load_image(a, tmp_path, 0)
-    assert pixels.shape == (80, 100, 3)
+    assert pixels.shape == (80, 100, 4)
     assert pixels.dtype == np.uint8
 
 
@@ -214,7 +214,7 @@ def test_exif_rotation_is_ignored(tmp_path, write):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees
     Image.new("RGB", (100, 80)).save(tmp_path / "1.png", format="JPEG", exif=exif)
-    assert coco_utils.load_image(a, tmp_path, 0).shape == (80, 100, 3)
+    assert coco_utils.load_image(a, tmp_path, 0).shape == (80, 100, 4)
 
 
 def damaged_images(folder):
@@ -257,7 +257,7 @@ def test_image_folders_may_hold_links(tmp_path, write):
     Image.new("RGB", (100, 80)).save(tmp_path / "store/a.png")
     (tmp_path / "images/1.png").symlink_to(tmp_path / "store/a.png")
     a = coco_utils.read_annotations(write([annotation(1)], images=[image(1)]))
-    assert coco_utils.load_image(a, tmp_path / "images", 0).shape == (80, 100, 3)
+    assert coco_utils.load_image(a, tmp_path / "images", 0).shape == (80, 100, 4)
 
 
 def test_an_error_in_a_loader_worker_stays_one_line(tmp_path, write):

@@ -17,21 +17,22 @@ SIZE = 96
 
 
 def make_image(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth colours and some noise, uint8 [H, W, 3]."""
+    """Smooth colours and some noise, uint8 [H, W, 4], of which the last byte is to be ignored."""
     rng = np.random.default_rng(seed)
     coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 7, 9)))
     smooth = F.interpolate(coarse, size=(height, width), mode="bicubic")[0].permute(1, 2, 0).numpy()
-    return (smooth + rng.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8)
+    colors = (smooth + rng.normal(0, 5, smooth.shape)).clip(0, 255)
+    return np.concatenate((colors, rng.integers(0, 256, (height, width, 1))), axis=2).astype(np.uint8)
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1)
+    """[3, H, W] of an image [H, W, 4]."""
+    return torch.from_numpy(image[..., :3]).permute(2, 0, 1)
 
 
 def our_pixels(image: np.ndarray, view: View, size: int = SIZE) -> torch.Tensor:
-    pixels, coverage = T.resample(image, view, size)
-    rounded = to_tensor(np.rint(pixels)).contiguous()[None]
-    return T.fill_uncovered(rounded, torch.from_numpy(coverage)[None])[0]
+    pixels, coverage = T.resample(image, view, size, np.uint8)
+    return T.fill_uncovered(pixels[None].float(), coverage[None])[0]
 
 
 def reference_pixels(image: np.ndarray, view: View, size: int = SIZE) -> torch.Tensor:
@@ -80,16 +81,16 @@ def test_tiny_images(height, width):
 @pytest.mark.parametrize(("height", "width"), [(480, 640), (375, 500), (300, 300), (33, 900)])
 def test_evaluation_resizes_like_interpolate_without_rounding(height, width):
     image = make_image(height, width)
-    pixels, coverage = T.resample(image, View(0, 0, width, height), 300)
+    pixels, coverage = T.resample(image, View(0, 0, width, height), 300, np.float32)
     expected = F.interpolate(to_tensor(image)[None].float(), size=(300, 300), mode="bilinear")[0]
-    torch.testing.assert_close(to_tensor(pixels), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-3)
     assert (coverage == 1).all()
 
 
 @pytest.mark.parametrize("flipped", [False, True])
 def test_boxes_follow_the_pixels(flipped):
     """A white box on black ends up where its projected box says."""
-    image = np.zeros((80, 120, 3), np.uint8)
+    image = np.zeros((80, 120, 4), np.uint8)
     image[20:50, 30:90] = 255
     view = View(10, 10, 96, 64, flipped)
     (box,) = T.project_boxes(np.array([[30, 20, 90, 50]], np.float32), view, SIZE)
@@ -212,10 +213,10 @@ def test_contrast_pivots_on_the_mean_of_the_whole_source_image():
 def test_the_fill_stays_undistorted():
     image = make_image(50, 50)
     parameters = T.RandomPhotometricDistort(p=1.0).draw(image, np.random.default_rng(0))
-    pixels, coverage = T.resample(image, View(-50, 0, 150, 50), SIZE)
+    pixels, coverage = T.resample(image, View(-50, 0, 150, 50), SIZE, np.uint8)
     batch = {name: torch.as_tensor(value)[None] for name, value in parameters.items()}
-    result = T.fill_uncovered(T.distort(to_tensor(pixels)[None], batch), torch.from_numpy(coverage)[None])
-    outside = torch.from_numpy(coverage[1] == 0)
+    result = T.fill_uncovered(T.distort(pixels[None].float(), batch), coverage[None])
+    outside = coverage[1] == 0
     assert outside.sum() > 50
     assert torch.equal(result[0, :, :, outside], torch.tensor(T.FILL).view(3, 1, 1).expand(3, SIZE, int(outside.sum())))
 
