@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-import coco_utils
+import coco_annotations
 import ssd
 import utils
 from coco_utils import CocoTrainDataset
@@ -171,7 +171,7 @@ def begin_or_continue(
 
 def check_same_data(checkpoint: dict, dataset: CocoTrainDataset) -> None:
     """Raises ValueError unless ``checkpoint`` was trained on the classes and the number of images of ``dataset``."""
-    coco_utils.check_same_classes(checkpoint["categories"], "the checkpoint to resume", dataset.annotations)
+    coco_annotations.check_same_classes(checkpoint["categories"], "the checkpoint to resume", dataset.annotations)
     if checkpoint["num_images"] != len(dataset):
         raise ValueError(
             f"{dataset.annotations.path}: has {len(dataset)} images to train on, the checkpoint to resume "

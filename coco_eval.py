@@ -13,7 +13,7 @@ import numpy as np
 from numpy import ndarray
 from torch import Tensor
 
-from coco_utils import CocoAnnotations
+from coco_annotations import CocoAnnotations
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 

@@ -18,6 +18,7 @@ from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import coco_annotations
 import coco_eval
 import coco_utils
 import pictures
@@ -25,7 +26,7 @@ import presets
 import shapes
 import ssd
 import utils
-from coco_utils import CocoAnnotations
+from coco_annotations import CocoAnnotations
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_PICTURED_SCORE = 0.3
@@ -153,6 +154,16 @@ def find_data(args: argparse.Namespace, split: str) -> tuple[Path, Path]:
     return Path(images or f"{root}/{split}2017"), Path(annotations or f"{root}/annotations/instances_{split}2017.json")
 
 
+def open_data(args: argparse.Namespace, split: str) -> tuple[CocoAnnotations, Path]:
+    """Annotations and image folder of a split, as the flags name them; the annotations are indexed in the output."""
+    images_dir, path = find_data(args, split)
+    with utils.main_first():  # so that the file is read once
+        annotations = coco_annotations.read_annotations(path, Path(args.output_dir) / "annotations")
+    for note in annotations.notes:
+        utils.print_on_main(note)
+    return annotations, images_dir
+
+
 def load_model(checkpoint: str, model_name: str | None, annotations: CocoAnnotations) -> ssd.SSD:
     """The model of a checkpoint (ours, torchvision's, a state dict, or an enum name), which must know the annotations.
 
@@ -162,7 +173,7 @@ def load_model(checkpoint: str, model_name: str | None, annotations: CocoAnnotat
     content = {} if ssd.is_enum_name(checkpoint) else ssd.load_file(checkpoint)
     if "categories" in content:
         model_name = content["args"]["model"]
-        coco_utils.check_same_classes(content["categories"], checkpoint, annotations)
+        coco_annotations.check_same_classes(content["categories"], checkpoint, annotations)
     model = ssd.MODELS[model_name or "ssd300_vgg16"](weights=checkpoint, weights_backbone=None)
     if model.num_classes != annotations.num_classes:
         raise ValueError(
@@ -245,12 +256,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     device = utils.init_distributed(args.device)
-    images_dir, annotations_path = find_data(args, "val")
-    annotations = coco_utils.read_annotations(annotations_path)
+    annotations, images_dir = open_data(args, "val")
     with utils.main_first():  # so that weights are downloaded once
         model = load_model(args.checkpoint, args.model, annotations)
     model = model.to(device, memory_format=torch.channels_last)
-    utils.print_on_main(f"Evaluating {args.checkpoint} on {len(annotations.image_ids)} images ({annotations_path})")
+    utils.print_on_main(f"Evaluating {args.checkpoint} on {len(annotations.image_ids)} images ({annotations.path})")
     start = time.perf_counter()
     result = evaluate(
         model,

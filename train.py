@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 import checkpoints
+import coco_annotations
 import coco_eval
 import coco_utils
 import evaluate
@@ -29,7 +30,8 @@ import presets
 import ssd
 import utils
 from checkpoints import TrainingState
-from coco_utils import CocoAnnotations, CocoTrainDataset, EpochBatchSampler
+from coco_annotations import CocoAnnotations
+from coco_utils import CocoTrainDataset, EpochBatchSampler
 from presets import DetectionPresetTrain
 
 WARMUP_STEPS = 1000
@@ -240,9 +242,9 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
 
-    (train_images, train_file), (val_images, val_file) = (evaluate.find_data(args, split) for split in ("train", "val"))
-    train_annotations, val_annotations = coco_utils.read_annotations(train_file), coco_utils.read_annotations(val_file)
-    coco_utils.check_same_classes(train_annotations.classes, train_file, val_annotations)
+    train_annotations, train_images = evaluate.open_data(args, "train")
+    val_annotations, val_images = evaluate.open_data(args, "val")
+    coco_annotations.check_same_classes(train_annotations.classes, train_annotations.path, val_annotations)
     checkpoint = checkpoints.find_checkpoint(args)
     with utils.main_first():  # so that weights are downloaded once
         model = make_model(args, train_annotations.num_classes, resumed=checkpoint is not None)

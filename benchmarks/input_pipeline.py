@@ -29,6 +29,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import coco_annotations
 import coco_utils
 import presets
 import utils
@@ -59,7 +60,7 @@ def make_coco_like_data(root: Path, num_images: int) -> None:
 
 
 def open_data_set(root: Path) -> CocoTrainDataset:
-    annotations = coco_utils.read_annotations(root / "annotations/instances_train2017.json")
+    annotations = coco_annotations.read_annotations(root / "annotations/instances_train2017.json")
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=SIZE)
     return CocoTrainDataset(annotations, root / "train2017", preset, SEED)
 
@@ -86,7 +87,7 @@ def reference(dataset: CocoTrainDataset) -> None:
     )
     mean = torch.tensor([0.48235, 0.45882, 0.40784]).view(3, 1, 1)
     for row in dataset.rows:
-        image = Image.open(dataset.images_dir / dataset.annotations.file_names[row]).convert("RGB")
+        image = Image.open(dataset.images_dir / dataset.annotations.file_name(row)).convert("RGB")
         boxes, labels = dataset.objects(row)
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width)),

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,37 @@ import torch
 import shapes
 
 ROOT = Path(__file__).parent.parent
+
+
+CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+
+
+def annotation(annotation_id: int, image_id: int = 1, category_id: int = 3, bbox=(10, 10, 20, 20), **fields) -> dict:
+    area = bbox[2] * bbox[3]
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": list(bbox),
+        "area": area,
+    } | fields
+
+
+def image(image_id: int, width: int = 100, height: int = 80) -> dict:
+    return {"id": image_id, "file_name": f"{image_id}.png", "width": width, "height": height}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes an annotation file and returns its path."""
+
+    def write_file(annotations: list[dict], images=None, categories=CATEGORIES):
+        images = [image(1), image(2), image(3)] if images is None else images
+        path = tmp_path / "annotations.json"
+        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        return path
+
+    return write_file
 
 
 @pytest.fixture(scope="session")

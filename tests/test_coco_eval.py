@@ -6,11 +6,11 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import coco_annotations
 import coco_eval
-import coco_utils
 
 
-def fake_detections(a: coco_utils.CocoAnnotations, seed: int = 0) -> np.ndarray:
+def fake_detections(a: coco_annotations.CocoAnnotations, seed: int = 0) -> np.ndarray:
     """Good, poor and wrong detections, with ties in the scores."""
     rng = np.random.default_rng(seed)
     image_ids = np.repeat(a.image_ids, np.diff(a.offsets))
@@ -38,7 +38,7 @@ def test_both_scorers_equal_plain_pycocotools_to_the_last_digit(tmp_path, data_p
     content["annotations"][0]["iscrowd"] = 1
     annotation_file = tmp_path / "annotations.json"
     annotation_file.write_text(json.dumps(content))
-    a = coco_utils.read_annotations(annotation_file)
+    a = coco_annotations.read_annotations(annotation_file)
     detections = fake_detections(a)
     coco_eval.write_results(tmp_path / "detections.json", detections)
     expected = pycocotools_stats(annotation_file, tmp_path / "detections.json")
@@ -56,7 +56,7 @@ def test_no_detections_score_zero_and_absent_classes_are_unknown(tmp_path, score
         "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
     }
     (tmp_path / "annotations.json").write_text(json.dumps(content))
-    a = coco_utils.read_annotations(tmp_path / "annotations.json")
+    a = coco_annotations.read_annotations(tmp_path / "annotations.json")
     metrics = coco_eval.score_detections(a, np.zeros((0, 7)), scorer)
     assert metrics["AP"] == 0
     assert metrics["APl"] is None
@@ -67,7 +67,7 @@ def test_no_detections_score_zero_and_absent_classes_are_unknown(tmp_path, score
 
 def test_table_is_that_of_pycocotools(data_path, capsys, tmp_path):
     annotation_file = data_path / "annotations/instances_train2017.json"
-    a = coco_utils.read_annotations(annotation_file)
+    a = coco_annotations.read_annotations(annotation_file)
     detections = fake_detections(a)
     coco_eval.write_results(tmp_path / "detections.json", detections)
     pycocotools_stats(annotation_file, tmp_path / "detections.json")

@@ -40,10 +40,11 @@ def test_png_round_trip(tmp_path):
 
 
 def test_shapes_are_a_coco_data_set_with_all_its_cases(tmp_path):
+    import coco_annotations
     import coco_utils
 
     shapes.draw_data_set(tmp_path / "set", num_images={"train2017": 60})
-    a = coco_utils.read_annotations(tmp_path / "set/annotations/instances_train2017.json")
+    a = coco_annotations.read_annotations(tmp_path / "set/annotations/instances_train2017.json")
     assert set(a.category_ids.tolist()) == set(shapes.CATEGORIES)
     assert a.is_crowd.any()
     assert (np.diff(a.offsets) == 0).any()  # images without objects

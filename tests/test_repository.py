@@ -14,12 +14,23 @@ import train
 README = (ROOT / "README.md").read_text()
 PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
 ALLOWED_IMPORTS = {
-    "train": {"evaluate", "checkpoints", "presets", "coco_eval", "coco_utils", "utils", "pictures", "ssd"},
-    "evaluate": {"presets", "coco_eval", "coco_utils", "utils", "pictures", "shapes", "ssd"},
-    "checkpoints": {"coco_utils", "utils", "ssd"},
+    "train": {
+        "evaluate",
+        "checkpoints",
+        "presets",
+        "coco_annotations",
+        "coco_eval",
+        "coco_utils",
+        "utils",
+        "pictures",
+        "ssd",
+    },
+    "evaluate": {"presets", "coco_annotations", "coco_eval", "coco_utils", "utils", "pictures", "shapes", "ssd"},
+    "checkpoints": {"coco_annotations", "coco_utils", "utils", "ssd"},
     "presets": {"transforms"},
-    "coco_eval": {"coco_utils"},
-    **{room: set() for room in ("transforms", "coco_utils", "utils", "pictures", "shapes", "ssd")},
+    "coco_eval": {"coco_annotations"},
+    "coco_utils": {"coco_annotations"},
+    **{room: set() for room in ("transforms", "coco_annotations", "utils", "pictures", "shapes", "ssd")},
 }
 
 

@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection import ssd300_vgg16 as torchvision_ssd300_vgg16
 from torchvision.transforms.functional import to_tensor
 
+import coco_annotations
 import coco_eval
 import coco_utils
 import evaluate
@@ -153,7 +154,7 @@ def test_weights_of_torchvision_give_its_detections(tmp_path):
         )
     )
     found = json.loads((tmp_path / "detections.json").read_text())
-    a = coco_utils.read_annotations(tmp_path / "annotations/instances_val2017.json")
+    a = coco_annotations.read_annotations(tmp_path / "annotations/instances_val2017.json")
     for row, image_id in enumerate(a.image_ids.tolist()):
         image = to_tensor(coco_utils.load_image(a, tmp_path / "val2017", row)[..., :3])
         with torch.no_grad():
@@ -281,7 +282,7 @@ def test_two_processes_average_their_gradients(run, data_path, tmp_path):
 
     args = train.parse_args([str(flag) for flag in [*SMALL, *flags]])
     torch.manual_seed(args.seed)
-    a = coco_utils.read_annotations(data_path / "annotations/instances_train2017.json")
+    a = coco_annotations.read_annotations(data_path / "annotations/instances_train2017.json")
     model = train.make_model(args, a.num_classes).train().to(memory_format=torch.channels_last)
     preset = train.DetectionPresetTrain(data_augmentation="ssd", size=300)
     dataset = coco_utils.CocoTrainDataset(a, data_path / "train2017", preset, args.seed)
@@ -405,7 +406,7 @@ def test_other_classes_than_the_checkpoints(data_path, trained, tmp_path):
     content = json.loads((data_path / "annotations/instances_val2017.json").read_text())
     content["categories"][3]["name"] = "comet"
     (tmp_path / "other.json").write_text(json.dumps(content))
-    a = coco_utils.read_annotations(tmp_path / "other.json")
+    a = coco_annotations.read_annotations(tmp_path / "other.json")
     with pytest.raises(ValueError, match=r"different classes: only .*checkpoint\.pth has 'star' as category 4"):
         evaluate.load_model(str(trained[0] / "checkpoint.pth"), None, a)
 
@@ -424,7 +425,7 @@ def test_broken_weights_are_no_perfect_detector(data_path, tmp_path):
     """COCO's API takes a box of NaN for a match; such a model must not get a score."""
     model = evaluate.ssd.ssd300_resnet18(weights_backbone=None, num_classes=7)
     model.head.regression_head.module_list[0].bias.data.fill_(float("nan"))
-    a = coco_utils.read_annotations(data_path / "annotations/instances_val2017.json")
+    a = coco_annotations.read_annotations(data_path / "annotations/instances_val2017.json")
     settings = {"batch_size": 2, "workers": 0, "autocast": evaluate.make_autocast(torch.device("cpu"), None)}
     with pytest.raises(FloatingPointError, match=r"not finite on images \[1, 2\]"):
         evaluate.evaluate(model, a, data_path / "val2017", scorer="pycocotools", **settings)
