@@ -1,5 +1,7 @@
 """Data in COCO's format: images, data sets, and the order of an epoch."""
 
+import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,44 +12,83 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from coco_annotations import CocoAnnotations, DataError
+from shared_files import SharedFiles
 
+WIDE_MODES = ("I", "I;16")  # what Pillow calls PNG files of 16 bits, by version; it would clip them to 8
 MIN_BOX_SIDE = 0.01  # pixels; the sides of smaller boxes may round to zero when they are cropped and resized
 
 
-def load_image(annotations: CocoAnnotations, images_dir: Path, row: int) -> ndarray:
+def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content: bytes | None = None) -> ndarray:
     """Decodes an image to uint8 [H, W, 4]: RGB and a byte without meaning; pixels of four bytes are gathered fastest.
 
-    EXIF rotation is ignored, since COCO's boxes are not rotated.
+    EXIF rotation is ignored, since COCO's boxes are not rotated. Grey, palette and CMYK images become RGB, and
+    transparency is dropped.
+
+    Args:
+        annotations: what names the image.
+        images_dir: the folder it is in.
+        row: which image, as a row of the annotations.
+        content: the file's content; if there is none, it is read.
 
     Raises:
-        DataError: the file is missing, damaged, outside ``images_dir``, or of another size than the annotations say.
+        DataError: the file is missing, damaged, of an unknown kind, or of another size than the annotations say.
     """
     path = images_dir / annotations.file_name(row)
     where = f"{path} (image id {annotations.image_ids[row]})"
     height, width = annotations.sizes[row].tolist()
     try:
-        with Image.open(path, formats=["JPEG", "PNG"]) as image:
-            if image.size == (width, height):
-                rgb = image if image.mode == "RGB" else image.convert("RGB")
-                return np.frombuffer(rgb.tobytes("raw", "RGBX"), np.uint8).reshape(height, width, 4)
-            size = image.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content) if content else path, formats=["JPEG", "PNG"])
+        with image:
+            if image.size != (width, height):
+                raise DataError(
+                    f"{where}: is {image.width}x{image.height} pixels, but {annotations.path} says {width}x{height}; "
+                    "correct one of them"
+                )
+            if image.mode in WIDE_MODES:
+                raise DataError(f"{where}: has more than 8 bits per channel; convert it to 8")
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            return np.frombuffer(rgb.tobytes("raw", "RGBX"), np.uint8).reshape(height, width, 4)
     except FileNotFoundError:
         raise DataError(f"{where}: no such file; check the image folder") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: cannot be decoded ({error}); replace the file or remove the image") from None
-    raise DataError(f"{where}: is {size[0]}x{size[1]} pixels, but {annotations.path} says {width}x{height}")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{where}: is a decompression bomb, with more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
+        reason = " ".join(str(error).split())
+        raise DataError(f"{where}: cannot be decoded ({reason}); replace the file or remove the image") from None
 
 
-def clip_boxes(boxes: ndarray, is_crowd: ndarray, sizes: ndarray) -> tuple[ndarray, ndarray]:
-    """Boxes [G, 4] of the file, xywh, as training needs them.
+def load_or_skip(
+    annotations: CocoAnnotations, images_dir: Path, row: int, skip_bad_images: bool, content: bytes | None = None
+) -> tuple[ndarray, str]:
+    """An image and an empty text; for a bad one, if such are to be skipped, a black pixel and what is wrong."""
+    try:
+        return load_image(annotations, images_dir, row, content), ""
+    except DataError as error:
+        if not skip_bad_images:
+            raise
+        return np.zeros((1, 1, 4), np.uint8), str(error)
 
-    Returns:
-        float32 [G, 4], xyxy, clipped to the image; and bool [G]: what is an object, no crowd and not without area.
-    """
+
+def clip_boxes(boxes: ndarray, sizes: ndarray) -> ndarray:
+    """Boxes [G, 4], xywh, to float32 xyxy within their images; ``sizes`` are height and width, [2] or [G, 2]."""
     limits = sizes[..., ::-1]  # width and height
     start, end = boxes[:, :2].clip(0, limits), (boxes[:, :2] + boxes[:, 2:]).clip(0, limits)
-    clipped = np.concatenate((start, end), axis=1).astype(np.float32)
-    return clipped, ~is_crowd & (clipped[:, 2:] - clipped[:, :2] >= MIN_BOX_SIDE).all(axis=1)
+    return np.concatenate((start, end), axis=1).astype(np.float32)
+
+
+def has_area(boxes: ndarray) -> ndarray:
+    """Which boxes [G, 4], xyxy, SSD can learn: bool [G]."""
+    return (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(axis=1)
+
+
+def is_object(annotations: CocoAnnotations) -> ndarray:
+    """Which boxes are trained on: bool [boxes]."""
+    sizes = np.repeat(annotations.sizes, np.diff(annotations.offsets), axis=0)
+    return has_area(clip_boxes(annotations.boxes, sizes)) & ~annotations.is_crowd
 
 
 class CocoTrainDataset(Dataset):
@@ -61,21 +102,30 @@ class CocoTrainDataset(Dataset):
         images_dir: folder of the images.
         preset: ``(image, boxes, labels, rng) -> sample``.
         seed: seed of the run.
+        skip_bad_images: in place of an image that cannot be read, serve a black one without objects, which adds nothing
+            to SSD's loss, and the reason as ``fault`` of the sample (else an empty text). By default a DataError.
 
     Raises:
         DataError: no image has a box to train on.
     """
 
-    def __init__(self, annotations: CocoAnnotations, images_dir: str | Path, preset, seed: int):
+    def __init__(
+        self,
+        annotations: CocoAnnotations,
+        images_dir: str | Path,
+        preset,
+        seed: int,
+        skip_bad_images: bool = False,
+    ):
         self.annotations = annotations
         self.images_dir = Path(images_dir)
         self.preset = preset
         self.seed = seed
-        num_images = len(annotations.image_ids)
-        image_of_box = np.repeat(np.arange(num_images), np.diff(annotations.offsets))
-        _, is_object = clip_boxes(annotations.boxes, annotations.is_crowd, annotations.sizes[image_of_box])
-        self.num_boxes = int(is_object.sum())
-        self.rows = np.flatnonzero(np.bincount(image_of_box, weights=is_object, minlength=num_images))
+        self.skip_bad_images = skip_bad_images
+        self.files = None
+        objects_until = np.concatenate(([0], is_object(annotations).cumsum()))[annotations.offsets]
+        self.num_boxes = int(objects_until[-1])
+        self.rows = np.flatnonzero(np.diff(objects_until))
         if len(self.rows) == 0:
             raise DataError(f"{annotations.path}: no image has a box to train on")
 
@@ -85,17 +135,29 @@ class CocoTrainDataset(Dataset):
     def objects(self, row: int) -> tuple[ndarray, ndarray]:
         """What to find in an image: boxes float32 [G, 4], xyxy in its pixels, and labels int64 [G]."""
         a, span = self.annotations, slice(*self.annotations.offsets[row : row + 2])
-        boxes, is_object = clip_boxes(a.boxes[span], a.is_crowd[span], a.sizes[row])
+        boxes = clip_boxes(a.boxes[span], a.sizes[row])
+        kept = has_area(boxes) & ~a.is_crowd[span]
         labels = np.array([a.label_of[category_id] for category_id in a.category_ids[span].tolist()], dtype=np.int64)
-        return boxes[is_object], labels[is_object]
+        return boxes[kept], labels[kept]
+
+    def hold(self, files: SharedFiles) -> None:
+        """From now on takes images from ``files``, which has those of ``paths()``, where it could read them."""
+        self.files = files
+
+    def paths(self) -> list[Path]:
+        return [self.images_dir / self.annotations.file_name(row) for row in self.rows]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         row = self.rows[index]
-        image = load_image(self.annotations, self.images_dir, row)
+        boxes, labels = self.objects(row)
+        content = self.files[index] if self.files else None
+        image, fault = load_or_skip(self.annotations, self.images_dir, row, self.skip_bad_images, content)
+        if fault:
+            boxes, labels = boxes[:0], labels[:0]
         rng = np.random.default_rng((self.seed, epoch, 1 + index))  # with 0 it would be that of the epoch's order
-        sample = self.preset(image, *self.objects(row), rng)
-        return sample | {"image_id": int(self.annotations.image_ids[row])}
+        sample = self.preset(image, boxes, labels, rng)
+        return sample | {"image_id": int(self.annotations.image_ids[row]), "fault": fault}
 
 
 class CocoEvalDataset(Dataset):
@@ -106,21 +168,32 @@ class CocoEvalDataset(Dataset):
         images_dir: folder of the images.
         preset: ``image -> Tensor``.
         rows: which images to serve, as rows of the annotations; a rank's share of them.
+        skip_bad_images: as for training.
     """
 
-    def __init__(self, annotations: CocoAnnotations, images_dir: str | Path, preset, rows: range):
+    def __init__(
+        self,
+        annotations: CocoAnnotations,
+        images_dir: str | Path,
+        preset,
+        rows: range,
+        skip_bad_images: bool = False,
+    ):
         self.annotations = annotations
         self.images_dir = Path(images_dir)
         self.preset = preset
         self.rows = rows
+        self.skip_bad_images = skip_bad_images
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
+        image, fault = load_or_skip(self.annotations, self.images_dir, row, self.skip_bad_images)
         return {
-            "image": self.preset(load_image(self.annotations, self.images_dir, row)),
+            "image": self.preset(image),
+            "fault": fault,
             "image_id": int(self.annotations.image_ids[row]),
             "size": torch.from_numpy(self.annotations.sizes[row]),
         }

@@ -39,16 +39,17 @@ def detect(
     """Runs ``model`` over the batches of ``loader``.
 
     Returns:
-        ``image_ids`` that were seen, and their ``detections`` as an array [N, 7], see
-        ``coco_eval.detections_to_array``.
+        ``image_ids`` that were seen, their ``detections`` as an array [N, 7], see ``coco_eval.detections_to_array``,
+        and the ``faults`` of images that were skipped, which have no detections.
 
     Raises:
         FloatingPointError: the model predicts boxes or scores that are not finite.
     """
     model.eval()
     device = model.default_boxes.device
-    image_ids, arrays = [], []
+    image_ids, arrays, faults = [], [], []
     for batch in loader:
+        faults += filter(None, batch["fault"])
         with autocast:
             outputs = model(batch["image"].to(device, non_blocking=True))
         if not all(output.isfinite().all() for output in outputs.values()):
@@ -56,10 +57,11 @@ def detect(
                 f"the model's predictions are not finite on images {batch['image_id'].tolist()}: its weights are broken"
             )
         results = model.postprocess_detections(outputs, batch["size"].to(device))
-        for image_id, detections in zip(batch["image_id"].tolist(), results, strict=True):
+        for image_id, fault, detections in zip(batch["image_id"].tolist(), batch["fault"], results, strict=True):
             image_ids.append(image_id)
-            arrays.append(coco_eval.detections_to_array(image_id, detections, category_id_of))
-    return {"image_ids": image_ids, "detections": np.concatenate([np.zeros((0, 7)), *arrays])}
+            if not fault:
+                arrays.append(coco_eval.detections_to_array(image_id, detections, category_id_of))
+    return {"image_ids": image_ids, "detections": np.concatenate([np.zeros((0, 7)), *arrays]), "faults": faults}
 
 
 def evaluate(
@@ -71,6 +73,7 @@ def evaluate(
     workers: int,
     autocast: AbstractContextManager,
     scorer: str,
+    skip_bad_images: bool,
 ) -> tuple[dict, ndarray] | None:
     """Detects on every image once, shared among all processes, and scores on the main one.
 
@@ -81,13 +84,16 @@ def evaluate(
         batch_size, workers: of the loader, per process.
         autocast: context for the forward pass.
         scorer: see ``coco_eval.score_detections``.
+        skip_bad_images: score an image that cannot be read as one without detections, and print why. By default a
+            DataError.
 
     Returns:
-        On the main process the metrics of ``coco_eval.score_detections`` and all detections [N, 7]; None elsewhere.
+        On the main process the metrics of ``coco_eval.score_detections``, among their counts the images ``skipped``,
+        and all detections [N, 7]; None elsewhere.
     """
     share = range(utils.rank(), len(annotations.image_ids), utils.world_size())
     preset = presets.DetectionPresetEval(size=model.size)
-    dataset = coco_utils.CocoEvalDataset(annotations, images_dir, preset, share)
+    dataset = coco_utils.CocoEvalDataset(annotations, images_dir, preset, share, skip_bad_images)
     on_gpu = model.default_boxes.device.type == "cuda"
     # its own generator: the loader must not draw from the random state that training keeps in its checkpoints
     loader = DataLoader(
@@ -106,7 +112,12 @@ def evaluate(
     assert np.array_equal(np.sort(image_ids), np.sort(annotations.image_ids)), "an image is missing or came twice"
     detections = np.concatenate([share["detections"] for share in shares])
     detections = detections[np.argsort(detections[:, 0], kind="stable")]  # the same order for any number of processes
-    return coco_eval.score_detections(annotations, detections, scorer), detections
+    metrics = coco_eval.score_detections(annotations, detections, scorer)
+    faults = [fault for share in shares for fault in share["faults"]]
+    metrics["counts"]["skipped"] = len(faults)
+    for fault in sorted(faults):
+        print(f"Skipped, and scored as an image without detections: {fault}")
+    return metrics, detections
 
 
 def draw_detections(
@@ -115,7 +126,9 @@ def draw_detections(
     """The first images with ground truth (left) and detections over ``MIN_PICTURED_SCORE`` (right), uint8 [3, H, W]."""
     drawn = []
     for row in range(min(num_pictures, len(annotations.image_ids))):
-        image = coco_utils.load_image(annotations, Path(images_dir), row)[..., :3]
+        image, fault = coco_utils.load_or_skip(annotations, Path(images_dir), row, skip_bad_images=True)
+        if fault:  # evaluation has reported it
+            continue
         objects = slice(*annotations.offsets[row : row + 2])
         found = detections[(detections[:, 0] == annotations.image_ids[row]) & (detections[:, 5] >= MIN_PICTURED_SCORE)]
         found = found[np.argsort(found[:, 5])]  # the surest is drawn last, over the others
@@ -129,7 +142,7 @@ def draw_detections(
             corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
             texts = [annotations.categories[i] + suffix for i, suffix in zip(category_ids, suffixes, strict=True)]
             labels = [annotations.label_of[i] for i in category_ids]
-            sides.append(pictures.draw_boxes(image, corners, labels, texts, caption))
+            sides.append(pictures.draw_boxes(image[..., :3], corners, labels, texts, caption))
         drawn.append(pictures.side_by_side(*sides))
     return drawn
 
@@ -138,7 +151,7 @@ def find_data(args: argparse.Namespace, split: str) -> tuple[Path, Path]:
     """Image folder and annotation file of a split, ``train`` or ``val``, as the flags name them.
 
     Raises:
-        ValueError: the flags name neither a data path nor the files of the split.
+        ValueError: the flags name neither a data path nor the files of the split, or there is no such image folder.
     """
     root = args.data_path
     if args.dataset == "shapes":
@@ -151,7 +164,10 @@ def find_data(args: argparse.Namespace, split: str) -> tuple[Path, Path]:
             f"--data-path is missing: give the folder of a COCO data set, or --{split}-images and "
             f"--{split}-annotations; --dataset shapes needs neither"
         )
-    return Path(images or f"{root}/{split}2017"), Path(annotations or f"{root}/annotations/instances_{split}2017.json")
+    images_dir = Path(images or f"{root}/{split}2017")
+    if not images_dir.is_dir():
+        raise ValueError(f"{images_dir}: no such image folder")
+    return images_dir, Path(annotations or f"{root}/annotations/instances_{split}2017.json")
 
 
 def open_data(args: argparse.Namespace, split: str) -> tuple[CocoAnnotations, Path]:
@@ -206,6 +222,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--data-path", help="folder with train2017, val2017 and annotations (shapes: data/shapes)")
     data.add_argument("--val-images", help="image folder, for another layout than COCO's")
     data.add_argument("--val-annotations", help="annotation file, for another layout than COCO's")
+    data.add_argument(
+        "--on-bad-image", choices=["raise", "skip"], default="raise", help="what to do with one that cannot be read"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("-b", "--batch-size", type=positive, help="images per process (default: %(default)s)")
     run.add_argument("-j", "--workers", type=not_negative, help="loader processes per process (default: %(default)s)")
@@ -270,6 +289,7 @@ def main(args: argparse.Namespace) -> None:
         workers=args.workers,
         autocast=make_autocast(device, args.amp),
         scorer=args.scorer,
+        skip_bad_images=args.on_bad_image == "skip",
     )
     if result is not None:
         metrics, detections = result

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+import check_data
 import checkpoints
 import coco_annotations
 import coco_eval
@@ -27,12 +28,14 @@ import coco_utils
 import evaluate
 import pictures
 import presets
+import shared_files
 import ssd
 import utils
 from checkpoints import TrainingState
 from coco_annotations import CocoAnnotations
 from coco_utils import CocoTrainDataset, EpochBatchSampler
 from presets import DetectionPresetTrain
+from shared_files import SharedFiles
 
 WARMUP_STEPS = 1000
 WARMUP_START = 1 / 1000
@@ -94,6 +97,16 @@ def make_model(args: argparse.Namespace, num_classes: int, resumed: bool = False
     return ssd.MODELS[args.model](**keywords)
 
 
+def make_dataset(
+    args: argparse.Namespace, annotations: CocoAnnotations, images_dir: Path, preset: DetectionPresetTrain
+) -> CocoTrainDataset:
+    dataset = CocoTrainDataset(annotations, images_dir, preset, args.seed, skip_bad_images=args.on_bad_image == "skip")
+    if args.cache == "ram":
+        utils.print_on_main(f"Reading {len(dataset)} images into memory")
+        dataset.hold(SharedFiles(*utils.from_first_of_machine(lambda: shared_files.read_files(dataset.paths()))))
+    return dataset
+
+
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if args.opt == "adamw":
@@ -117,6 +130,7 @@ def validate(
         workers=args.workers,
         autocast=evaluate.make_autocast(state.model.default_boxes.device, args.amp),
         scorer="hotcoco",
+        skip_bad_images=args.on_bad_image == "skip",
     )
     state.evaluated_step = state.global_step
     if result is None:
@@ -180,6 +194,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument("--train-images", help="image folder, for another layout than COCO's")
     data.add_argument("--train-annotations", help="annotation file, for another layout than COCO's")
     data.add_argument("--data-augmentation", choices=list(presets.DATA_AUGMENTATIONS), help="default: %(default)s")
+    data.add_argument("--cache", choices=["ram"], help="hold the training images' files in memory")
+    data.add_argument("--check-data", action="store_true", help="verify annotations and images, list all faults, exit")
     data.add_argument("--aspect-ratio-group-factor", type=int, help="accepted, without effect: SSD's input is square")
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=list(ssd.MODELS), help="default: %(default)s")
@@ -251,7 +267,7 @@ def main(args: argparse.Namespace) -> None:
     model = model.to(device, memory_format=torch.channels_last)
     args.trainable_backbone_layers = model.backbone.trainable_layers
     preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
-    dataset = CocoTrainDataset(train_annotations, train_images, preset, args.seed)
+    dataset = make_dataset(args, train_annotations, train_images, preset)
     sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size())
     loader = DataLoader(
         dataset,
@@ -270,7 +286,8 @@ def main(args: argparse.Namespace) -> None:
     state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch)
     checkpoints.begin_or_continue(args, state, checkpoint, dataset)
     output_dir = Path(args.output_dir)
-    log = utils.RunLog(output_dir, last_steps={"train": state.global_step, "val": state.evaluated_step})
+    last_steps = {"train": state.global_step, "skipped": state.global_step, "val": state.evaluated_step}
+    log = utils.RunLog(output_dir, last_steps)
     describe_run(args, dataset, val_annotations, log)
     if state.global_step == 0:
         log_inputs(dataset, preset, log)
@@ -316,6 +333,8 @@ def main(args: argparse.Namespace) -> None:
         )
         train_one_epoch(state, forward, loader, preset, autocast, step_log, after_step)
         save("checkpoint.pth")
+    if log.num_skipped:
+        log.info(f"Skipped {log.num_skipped} samples, whose images could not be read")
     log.info(f"Done: {state.global_step} steps; everything is in {output_dir} (tensorboard --logdir {output_dir})")
     log.close()
     utils.cleanup_distributed()
@@ -335,4 +354,5 @@ def test_only(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     with utils.one_line_errors():
         arguments = parse_args()
-        (test_only if arguments.test_only else main)(arguments)
+        run = check_data.check_data if arguments.check_data else test_only if arguments.test_only else main
+        run(arguments)

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +46,9 @@ def init_distributed(device: str | None) -> torch.device:
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu")
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if started_by_torchrun():
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", local_rank())
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -62,6 +62,15 @@ def cleanup_distributed() -> None:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def started_by_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_rank() -> int:
+    """Which process of its machine this one is."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if started_by_torchrun() else 0
 
 
 def world_size() -> int:
@@ -85,14 +94,27 @@ def barrier() -> None:
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """Runs the block on the first process of each machine, then on the others, also where it fails there."""
-    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not is_first:
+    if local_rank() > 0:
         barrier()
     try:
         yield
     finally:
-        if is_first:
+        if local_rank() == 0:
             barrier()
+
+
+def gather(value) -> list:
+    """Each process's ``value``, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first_of_machine(make: Callable):
+    """What ``make`` returns on the first process of each machine, for all processes of that machine."""
+    return gather(make() if local_rank() == 0 else None)[rank() - local_rank()]
 
 
 def gather_to_main(value) -> list | None:
@@ -179,13 +201,37 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
+class LiveLine:
+    """A line on a terminal that each ``show`` overwrites; writes nothing where the output goes to a file."""
+
+    def __init__(self):
+        self.is_shown = False
+
+    def show(self, text: str) -> None:
+        if sys.stdout.isatty():
+            self.is_shown = True
+            print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+
+    def clear(self) -> None:
+        if self.is_shown:
+            print("\r\x1b[K", end="")
+            self.is_shown = False
+
+
+def bar(done: int, total: int, width: int = 20) -> str:
+    filled = width * done // total
+    return f"{done:6}/{total} [{'#' * filled}{'.' * (width - filled)}]"
+
+
 class RunLog:
     """Console, ``metrics.jsonl`` and TensorBoard of a run, in ``output_dir``; silent except on the main process."""
 
     def __init__(self, output_dir: Path, last_steps: dict[str, int] | None = None):
         """Begins a log, or continues it: what was logged of a kind after its step in ``last_steps`` is dropped."""
         self.enabled = is_main()
-        self.live_line = False
+        self.live_line = LiveLine()
+        self.faults: set[str] = set()  # what was wrong with samples that were skipped
+        self.num_skipped = 0  # samples, of all processes
         if self.enabled:
             # imported here, for it takes seconds, and only the main process writes
             from torch.utils.tensorboard import SummaryWriter
@@ -199,19 +245,21 @@ class RunLog:
 
     def info(self, text: str) -> None:
         if self.enabled:
-            self.clear_live_line()
+            self.live_line.clear()
             print(text, flush=True)
 
     def live(self, text: str) -> None:
-        """Shows ``text`` on a terminal in place of the last live line; writes nothing to a file."""
-        if self.enabled and sys.stdout.isatty():
-            self.live_line = True
-            print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+        if self.enabled:
+            self.live_line.show(text)
 
-    def clear_live_line(self) -> None:
-        if self.live_line:
-            print("\r\x1b[K", end="")
-            self.live_line = False
+    def skipped(self, faults: list[str], step: int) -> None:
+        """Counts samples that were skipped, and reports each fault when it is first met."""
+        self.num_skipped += len(faults)
+        for fault in sorted(set(faults) - self.faults):
+            self.faults.add(fault)
+            self.info(f"Skipped {fault}")
+            if self.enabled:
+                print(json.dumps({"kind": "skipped", "step": step, "fault": fault}), file=self.json_lines, flush=True)
 
     def metrics(self, kind: str, step: int, values: dict[str, float | None], **context) -> None:
         """Logs the numbers of one moment as a line of json and as TensorBoard scalars ``kind/name``."""
@@ -230,7 +278,7 @@ class RunLog:
 
     def close(self) -> None:
         if self.enabled:
-            self.clear_live_line()
+            self.live_line.clear()
             self.json_lines.close()
             self.tensorboard.close()
 
@@ -274,10 +322,11 @@ class StepLog:
         self.window_start = time.perf_counter()
         self.window_steps = 0
         self.window_losses: dict[str, Tensor] = {}
+        self.window_faults: list[str] = []
         self.wait_time = 0.0
 
     def watch(self, loader: Iterable) -> Iterator:
-        """Yields from ``loader`` and measures how long it makes the training wait."""
+        """Yields from ``loader``; measures how long it makes the training wait, and keeps what it had to skip."""
         iterator = iter(loader)
         while True:
             start = time.perf_counter()
@@ -286,6 +335,7 @@ class StepLog:
             except StopIteration:
                 return
             self.wait_time += time.perf_counter() - start
+            self.window_faults += filter(None, batch.pop("fault"))
             yield batch
 
     def update(self, losses: dict[str, Tensor], lr: float) -> None:
@@ -297,7 +347,7 @@ class StepLog:
         self.window_steps += 1
         if self.window_steps == self.print_freq or self.step == self.last_step:
             self.write_line(lr)
-        self.log.live(f"{self.bar()} {self.last_line}")
+        self.log.live(f"{bar(self.step, self.last_step)} {self.last_line}")
 
     def check_finite(self) -> None:
         """Raises FloatingPointError, on all processes alike, if a loss since the last line is not finite."""
@@ -324,6 +374,9 @@ class StepLog:
         rates = {"lr": lr, "images/s": self.images_per_step / seconds, "time": seconds}
         rates["data"] = self.wait_time / self.window_steps
         rates["max mem"] = max_memory()
+        self.log.skipped([fault for faults in gather(self.window_faults) for fault in faults], self.global_step)
+        if self.log.num_skipped:
+            rates["skipped"] = self.log.num_skipped
         eta = datetime.timedelta(seconds=round(seconds * (self.last_step - self.step)))
         done = self.step - self.first_step
         losses = "  ".join(f"{name}: {value:.4f} ({self.totals[name] / done:.4f})" for name, value in means.items())
@@ -335,7 +388,3 @@ class StepLog:
         self.log.info(self.last_line)
         self.log.metrics("train", self.global_step, means | rates, epoch=self.epoch)
         self.start_window()
-
-    def bar(self, width: int = 20) -> str:
-        filled = width * self.step // self.last_step
-        return f"{self.step:6}/{self.last_step} [{'#' * filled}{'.' * (width - filled)}]"

@@ -12,6 +12,7 @@ import shapes
 ROOT = Path(__file__).parent.parent
 
 
+SMALL = ["--model", "ssd300_resnet18", "--weights-backbone", "none", "--device", "cpu", "--batch-size", "3"]
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 
 

@@ -6,6 +6,7 @@ from PIL import Image
 
 import coco_annotations
 import coco_utils
+import utils
 from coco_annotations import DataError
 from coco_utils import CocoEvalDataset, CocoTrainDataset, EpochBatchSampler
 from presets import DetectionPresetEval, DetectionPresetTrain
@@ -106,13 +107,94 @@ def test_evaluation_serves_every_image_of_a_share(data_path):
     assert samples[0]["size"].tolist() == a.sizes[1].tolist()
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "I;16", "CMYK"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK", "RGB"])
 def test_images_of_any_mode_become_rgb(tmp_path, write, mode):
     a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1)]))
-    Image.new(mode, (100, 80)).save(tmp_path / "1.png", format="JPEG" if mode == "CMYK" else "PNG")
+    source = Image.new("RGB", (100, 80), (255, 0, 0)).convert(mode)
+    source.save(tmp_path / "1.png", format="JPEG" if mode == "CMYK" else "PNG")
     pixels = coco_utils.load_image(a, tmp_path, 0)
     assert pixels.shape == (80, 100, 4)
     assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels[..., :3], np.asarray(Image.open(tmp_path / "1.png").convert("RGB")))
+    assert (mode in ("L", "LA", "1")) == (pixels[0, 0, 0] == pixels[0, 0, 1])
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path, write):
+    a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1)]))
+    Image.new("I;16", (100, 80)).save(tmp_path / "1.png")
+    with pytest.raises(DataError, match=r"1\.png \(image id 1\): has more than 8 bits per channel; convert it to 8"):
+        coco_utils.load_image(a, tmp_path, 0)
+
+
+@pytest.mark.parametrize("limit", [100 * 80 - 1, 100 * 40 - 1])
+@pytest.mark.parametrize("size", [(100, 80), (10, 10)])
+def test_decompression_bombs_are_refused(tmp_path, write, monkeypatch, limit, size):
+    """Over the limit, where Pillow warns, and over twice the limit, where it raises; whatever size the json says."""
+    Image.new("L", (100, 80)).save(tmp_path / "1.png")
+    a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1, *size)]))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(DataError, match=rf"\(image id 1\): is a decompression bomb, with more than {limit} pixels"):
+        coco_utils.load_image(a, tmp_path, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 2)])
+def test_tiny_images_pass_through_the_pipeline(tmp_path, write, size):
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "1.png")
+    dataset = train_dataset(write([annotation(1, bbox=(0, 0, *size))], images=[image(1, *size)]), tmp_path)
+    for epoch in range(40):
+        sample = dataset[epoch, 0]
+        assert sample["image"].shape == (3, 300, 300)
+        covered = (sample["coverage"][0] > 0).nonzero().flatten(), (sample["coverage"][1] > 0).nonzero().flatten()
+        if all(map(len, covered)):
+            assert sample["image"][:, covered[0][0], covered[1][0]].tolist() == [10, 200, 30]
+
+
+def test_skipping_serves_a_sample_without_objects(tmp_path, write):
+    Image.new("RGB", (100, 80), "white").save(tmp_path / "2.png")
+    path = write([annotation(1), annotation(2, image_id=2)])
+    a, preset = coco_annotations.read_annotations(path), DetectionPresetTrain(data_augmentation="ssd", size=300)
+    dataset = CocoTrainDataset(a, tmp_path, preset, seed=0, skip_bad_images=True)
+    batch = coco_utils.collate([dataset[0, 0], dataset[0, 1]])
+    assert batch["fault"] == [f"{tmp_path / '1.png'} (image id 1): no such file; check the image folder", ""]
+    assert batch["image_id"].tolist() == [1, 2]
+    assert batch["labels"][0].tolist() == [0]
+    assert batch["labels"][1].tolist() == [3]
+    assert batch["image"][0].max() == 0
+    evaluated = CocoEvalDataset(a, tmp_path, DetectionPresetEval(size=64), range(3), skip_bad_images=True)
+    assert [bool(evaluated[i]["fault"]) for i in range(3)] == [True, False, True]
+    assert evaluated[0]["size"].tolist() == [80, 100]
+    with pytest.raises(DataError, match="image id 3"):
+        CocoEvalDataset(a, tmp_path, DetectionPresetEval(size=64), range(3))[2]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_are_the_same_for_any_number_of_workers(data_path, workers):
+    dataset = train_dataset(data_path / "annotations/instances_train2017.json", data_path / "train2017")
+    sampler = EpochBatchSampler(len(dataset), 2, seed=0)
+
+    def batches(workers: int) -> list[dict]:
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=coco_utils.collate,
+            worker_init_fn=utils.keep_freed_memory,
+            persistent_workers=workers > 0,
+        )
+        collected = []
+        for epoch in range(3):
+            sampler.select(epoch)
+            collected += list(loader)
+        return collected
+
+    def same(one, other) -> bool:
+        if isinstance(one, dict):
+            return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+    found, expected = batches(workers), batches(0)
+    assert len(found) == len(expected) == 3 * (len(dataset) // 2)
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_exif_rotation_is_ignored(tmp_path, write):

@@ -14,23 +14,16 @@ import train
 README = (ROOT / "README.md").read_text()
 PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
 ALLOWED_IMPORTS = {
-    "train": {
-        "evaluate",
-        "checkpoints",
-        "presets",
-        "coco_annotations",
-        "coco_eval",
-        "coco_utils",
-        "utils",
-        "pictures",
-        "ssd",
-    },
+    "train": {"evaluate", "check_data", "checkpoints", "presets", "pictures", "shared_files", "utils", "ssd"}
+    | {"coco_annotations", "coco_eval", "coco_utils"},
     "evaluate": {"presets", "coco_annotations", "coco_eval", "coco_utils", "utils", "pictures", "shapes", "ssd"},
     "checkpoints": {"coco_annotations", "coco_utils", "utils", "ssd"},
     "presets": {"transforms"},
     "coco_eval": {"coco_annotations"},
-    "coco_utils": {"coco_annotations"},
-    **{room: set() for room in ("transforms", "coco_annotations", "utils", "pictures", "shapes", "ssd")},
+    "coco_utils": {"coco_annotations", "shared_files"},
+    "check_data": {"evaluate", "coco_annotations", "coco_utils", "utils"},
+    **{room: set() for room in ("transforms", "coco_annotations", "shared_files", "utils")},
+    **{room: set() for room in ("pictures", "shapes", "ssd")},
 }
 
 
@@ -54,7 +47,7 @@ def test_readme_and_parsers_name_the_same_flags():
 
 @pytest.mark.parametrize(
     ("script", "readers"),
-    [("train.py", ("train.py", "evaluate.py", "checkpoints.py")), ("evaluate.py", ("evaluate.py",))],
+    [("train.py", ("train.py", "evaluate.py", "checkpoints.py", "check_data.py")), ("evaluate.py", ("evaluate.py",))],
 )
 def test_every_flag_is_read(script, readers):
     read = set()

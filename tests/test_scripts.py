@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -19,9 +19,6 @@ import coco_utils
 import evaluate
 import train
 import utils
-
-SMALL = ["--model", "ssd300_resnet18", "--weights-backbone", "none", "--device", "cpu", "--batch-size", "3"]
-
 
 STEPS_PER_EPOCH = 4  # of 3 images; all 12 of the tiny set have boxes
 

@@ -73,9 +73,24 @@ def test_a_continued_log_drops_what_came_later_and_what_a_crash_cut(tmp_path):
 
 def test_watch_yields_everything_and_counts_the_wait(tmp_path):
     log, steps = make_step_log(tmp_path)
-    assert list(steps.watch([1, 2, 3])) == [1, 2, 3]
+    assert list(steps.watch([{"n": i, "fault": ["", ""]} for i in range(3)])) == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert steps.wait_time > 0
     log.close()
+
+
+def test_skipped_samples_are_counted_and_each_fault_is_named_once(tmp_path, capsys):
+    log, steps = make_step_log(tmp_path)
+    for _ in steps.watch([{"fault": [fault, ""]} for fault in ("a is bad", "b is bad", "a is bad", "")]):
+        steps.update({"loss": torch.tensor(1.0)}, lr=0.1)
+    assert log.num_skipped == 3
+    log.close()
+    assert [line for line in capsys.readouterr().out.splitlines() if "Skipped" in line] == [
+        "Skipped a is bad",
+        "Skipped b is bad",
+    ]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["fault"] for r in records if r["kind"] == "skipped"] == ["a is bad", "b is bad"]
+    assert [r["skipped"] for r in records if r["kind"] == "train"] == [2, 3]
 
 
 def test_batches_move_with_their_nested_parts():

@@ -1,0 +1,101 @@
+"""``train.py --check-data``: everything that is wrong with a data set, before a run finds out."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+import coco_annotations
+import coco_utils
+import evaluate
+import utils
+from coco_annotations import CocoAnnotations, DataError
+
+IMAGES_AT_A_TIME = 8
+
+
+class ImageFaults(Dataset):
+    """What is wrong with each image of the annotations; an empty text if it is good."""
+
+    def __init__(self, annotations: CocoAnnotations, images_dir: Path):
+        self.annotations = annotations
+        self.images_dir = images_dir
+
+    def __len__(self) -> int:
+        return len(self.annotations.image_ids)
+
+    def __getitem__(self, row: int) -> str:
+        _, fault = coco_utils.load_or_skip(self.annotations, self.images_dir, row, skip_bad_images=True)
+        return fault
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Prints a line for each fault of the training and of the validation set.
+
+    Raises:
+        DataError: there are faults.
+    """
+    num_faults = 0
+    if utils.started_by_torchrun():
+        raise ValueError("--check-data runs in one process: start it with python, and use --workers")
+    for fault in find_faults(args):
+        print(fault, flush=True)
+        num_faults += 1
+    if num_faults:
+        raise DataError(f"--check-data found {num_faults} faults, listed above")
+    print("No faults")
+
+
+def find_faults(args: argparse.Namespace) -> Iterator[str]:
+    """One line for each fault, as they are found; prints what was looked at."""
+    checked = {}
+    for split in ("train", "val"):
+        images_dir, path = evaluate.find_data(args, split)
+        try:
+            annotations, faults = coco_annotations.parse_annotations(path)
+        except DataError as error:
+            yield str(error)
+            continue
+        yield from faults
+        yield from faults_of_images(annotations, images_dir, args.workers)
+        print(describe(annotations))
+        checked[split] = annotations
+        if split == "train" and not coco_utils.is_object(annotations).any():
+            yield f"{path}: no image has a box to train on"
+    if len(checked) == 2:
+        try:
+            coco_annotations.check_same_classes(checked["train"].classes, checked["train"].path, checked["val"])
+        except DataError as error:
+            yield str(error)
+
+
+def faults_of_images(annotations: CocoAnnotations, images_dir: Path, workers: int) -> Iterator[str]:
+    """Decodes every image, with a progress bar."""
+    dataset = ImageFaults(annotations, images_dir)
+    loader = DataLoader(
+        dataset, IMAGES_AT_A_TIME, num_workers=workers, collate_fn=list, worker_init_fn=utils.keep_freed_memory
+    )
+    line, done = utils.LiveLine(), 0
+    for faults in loader:
+        done += len(faults)
+        line.clear()
+        yield from filter(None, faults)
+        line.show(f"{images_dir} {utils.bar(done, len(dataset))}")
+    line.clear()
+
+
+def describe(annotations: CocoAnnotations) -> str:
+    """What was checked, and what training will do with it."""
+    is_object = coco_utils.is_object(annotations)
+    image_of_box = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
+    num_trained = len(np.unique(image_of_box[is_object]))
+    lines = [
+        f"{annotations.path}: {len(annotations.image_ids)} images, {len(annotations.boxes)} boxes of "
+        f"{len(annotations.categories)} classes; {num_trained} images and {is_object.sum()} boxes to train on, as "
+        f"{annotations.is_crowd.sum()} boxes are crowds and "
+        f"{(~is_object & ~annotations.is_crowd).sum()} have no area inside their image",
+        *annotations.notes,
+    ]
+    return "\n".join(lines)
