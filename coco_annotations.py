@@ -148,6 +148,7 @@ def parse_annotations(path: Path) -> tuple[CocoAnnotations, list[str]]:
     """
     content = load_json(path)
     faults: list[str] = []
+    image_ids, category_ids = set(), set()
 
     def entries(name: str, rules: dict[str, Rule]) -> list[dict]:
         return valid_entries(path, name, content[name], rules, faults)
@@ -155,7 +156,7 @@ def parse_annotations(path: Path) -> tuple[CocoAnnotations, list[str]]:
     images = entries(
         "images",
         {
-            "id": (unseen(is_integer), "an integer of at most 15 digits that no earlier image has"),
+            "id": (unseen(is_integer, image_ids), "an integer of at most 15 digits that no earlier image has"),
             "file_name": (is_file_name, "a path inside the image folder"),
             "width": (is_side, "a positive integer"),
             "height": (is_side, "a positive integer"),
@@ -164,15 +165,17 @@ def parse_annotations(path: Path) -> tuple[CocoAnnotations, list[str]]:
     categories = entries(
         "categories",
         {
-            "id": (unseen(is_integer), "an integer of at most 15 digits that no earlier category has"),
-            "name": (unseen(is_text), "a text in one line that no earlier category has"),
+            "id": (unseen(is_integer, category_ids), "an integer of at most 15 digits that no earlier category has"),
+            "name": (unseen(is_text, set()), "a text in one line that no earlier category has"),
         },
     )
-    image_ids, category_ids = ({one["id"] for one in table} for table in (images, categories))
     annotations = entries(
         "annotations",
         {
-            "id": (unseen(is_annotation_id), "an integer but 0 that no earlier one has; pycocotools would miscount it"),
+            "id": (
+                unseen(is_annotation_id, set()),
+                "an integer but 0 that no earlier one has; pycocotools needs both",
+            ),
             "image_id": (lambda value: is_integer(value) and value in image_ids, "the id of one of the images"),
             "category_id": (
                 lambda value: is_integer(value) and value in category_ids,
@@ -183,6 +186,11 @@ def parse_annotations(path: Path) -> tuple[CocoAnnotations, list[str]]:
             "iscrowd": (is_flag_or_missing, "0 or 1"),
         },
     )
+    if faults:  # those of a faulty image or category have none of their own
+        image_ids, category_ids = ({one["id"] for one in table} for table in (images, categories))
+        annotations = [
+            one for one in annotations if one["image_id"] in image_ids and one["category_id"] in category_ids
+        ]
     return to_arrays(path, images, categories, annotations), faults
 
 
@@ -240,9 +248,8 @@ def broken_rule(entry, rules: dict[str, Rule]) -> str | None:
     return None
 
 
-def unseen(is_valid: Callable[[object], bool]) -> Callable[[object], bool]:
-    """A rule that holds for valid values, for each the first time."""
-    seen = set()
+def unseen(is_valid: Callable[[object], bool], seen: set) -> Callable[[object], bool]:
+    """A rule that holds for valid values, for each the first time; gathers them in ``seen``."""
 
     def is_first(value) -> bool:
         is_new = is_valid(value) and value not in seen

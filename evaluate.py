@@ -73,7 +73,7 @@ def evaluate(
     workers: int,
     autocast: AbstractContextManager,
     scorer: str,
-    skip_bad_images: bool,
+    skip_bad_images: bool = False,
 ) -> tuple[dict, ndarray] | None:
     """Detects on every image once, shared among all processes, and scores on the main one.
 

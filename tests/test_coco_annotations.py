@@ -44,7 +44,7 @@ def test_labels_are_the_ids_where_torchvisions_outputs_can_hold_them(write, ids,
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [
-        ([annotation(1), annotation(1)], "annotation 1 has id 1; it must be .* no earlier one has"),
+        ([annotation(1), annotation(1)], "annotation 1 has id 1; it must be an integer but 0 that no earlier one has"),
         ([annotation(0)], "annotation 0 has id 0; it must be an integer but 0"),
         ([annotation("a")], "annotation 'a' has id 'a'"),
         ([annotation(10**15)], "annotation 1000000000000000 has id"),
@@ -123,7 +123,6 @@ def test_every_fault_is_found_and_the_rest_is_kept(write):
     assert [fault.removeprefix(f"{path}: ").split(";")[0] for fault in faults] == [
         "image 2 has width -1",
         "annotation 2 has category_id 9",
-        "annotation 3 has image_id 2",
         "annotation 1 has id 1",
         "annotation 4 has no image_id",
     ]

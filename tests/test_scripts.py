@@ -354,7 +354,7 @@ def test_a_users_mistake_is_one_line(run, tmp_path):
     assert (
         result.stderr.strip()
         .splitlines()[-1]
-        .startswith(f"train.py: error: {tmp_path}/nowhere/annotations/instances_train2017.json: cannot read")
+        .startswith(f"train.py: error: {tmp_path}/nowhere/train2017: no such image folder")
     )
 
 
