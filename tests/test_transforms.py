@@ -14,6 +14,7 @@ import transforms as T
 from transforms import View
 
 SIZE = 96
+NUM_DRAWS = 10_000
 
 
 def make_image(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -273,7 +274,7 @@ def our_geometry(num_draws: int, boxes: np.ndarray) -> list[dict]:
 
 def test_geometry_has_the_distribution_of_the_reference():
     boxes = np.array([[20, 30, 120, 200], [150, 100, 380, 280], [200, 20, 240, 60]], np.float32)
-    ours, reference = our_geometry(2000, boxes), reference_geometry(2000, boxes)
+    ours, reference = our_geometry(NUM_DRAWS, boxes), reference_geometry(NUM_DRAWS, boxes)
     for name in ("zoom", "area", "aspect", "kept"):
         assert ks_p_value([d[name] for d in ours], [d[name] for d in reference]) > 0.01, name
 
@@ -281,8 +282,8 @@ def test_geometry_has_the_distribution_of_the_reference():
 def test_distortion_has_the_distribution_of_the_reference():
     torch.manual_seed(0)
     image, reference = make_image(10, 10), v2.RandomPhotometricDistort()
-    theirs = [reference.make_params([to_tensor(image)]) for _ in range(3000)]
-    ours = [T.RandomPhotometricDistort().draw(image, np.random.default_rng((0, i))) for i in range(3000)]
+    theirs = [reference.make_params([to_tensor(image)]) for _ in range(NUM_DRAWS)]
+    ours = [T.RandomPhotometricDistort().draw(image, np.random.default_rng((0, i))) for i in range(NUM_DRAWS)]
     for name in ("brightness", "saturation", "hue"):
         expected = [NEUTRAL[name] if p[f"{name}_factor"] is None else p[f"{name}_factor"] for p in theirs]
         assert ks_p_value([float(p[name]) for p in ours], expected) > 0.01, name
@@ -291,10 +292,10 @@ def test_distortion_has_the_distribution_of_the_reference():
         expected = [p["contrast_factor"] if u else 1.0 for p, u in zip(theirs, used, strict=True)]
         assert ks_p_value([float(p[name]) for p in ours], expected) > 0.01, name
     shuffled = np.mean([p["channels"].tolist() != [0, 1, 2] for p in ours])
-    assert shuffled == pytest.approx(0.5 * 5 / 6, abs=0.04)
+    assert shuffled == pytest.approx(0.5 * 5 / 6, abs=0.02)
 
 
 def test_flip_rate():
     args = View(0, 0, 9, 9), np.zeros((0, 4)), np.zeros(0)
-    flips = [T.RandomHorizontalFlip()(*args, np.random.default_rng((0, i)))[0].flipped for i in range(2000)]
-    assert np.mean(flips) == pytest.approx(0.5, abs=0.04)
+    flips = [T.RandomHorizontalFlip()(*args, np.random.default_rng((0, i)))[0].flipped for i in range(NUM_DRAWS)]
+    assert np.mean(flips) == pytest.approx(v2.RandomHorizontalFlip().p, abs=0.02)
