@@ -27,8 +27,7 @@ class ImageFaults(Dataset):
         return len(self.annotations.image_ids)
 
     def __getitem__(self, row: int) -> str:
-        _, fault = coco_utils.load_or_skip(self.annotations, self.images_dir, row, skip_bad_images=True)
-        return fault
+        return coco_utils.fault_of_image(self.annotations, self.images_dir, row)
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -50,23 +49,28 @@ def check_data(args: argparse.Namespace) -> None:
 
 def find_faults(args: argparse.Namespace) -> Iterator[str]:
     """One line for each fault, as they are found; prints what was looked at."""
-    checked = {}
+    checked = []
     for split in ("train", "val"):
-        images_dir, path = evaluate.find_data(args, split)
+        images_dir, path = evaluate.name_data(args, split)
         try:
             annotations, faults = coco_annotations.parse_annotations(path)
         except DataError as error:
             yield str(error)
             continue
         yield from faults
-        yield from faults_of_images(annotations, images_dir, args.workers)
-        print(describe(annotations))
-        checked[split] = annotations
+        if images_dir.is_dir():
+            yield from faults_of_images(annotations, images_dir, args.workers)
+        else:
+            yield f"{images_dir}: no such image folder"
+        for line in describe(annotations):
+            print(line)
+        checked.append(annotations)
         if split == "train" and not coco_utils.is_object(annotations).any():
             yield f"{path}: no image has a box to train on"
     if len(checked) == 2:
+        train, val = checked
         try:
-            coco_annotations.check_same_classes(checked["train"].classes, checked["train"].path, checked["val"])
+            coco_annotations.check_same_classes(train.classes, train.path, val)
         except DataError as error:
             yield str(error)
 
@@ -86,16 +90,21 @@ def faults_of_images(annotations: CocoAnnotations, images_dir: Path, workers: in
     line.clear()
 
 
-def describe(annotations: CocoAnnotations) -> str:
-    """What was checked, and what training will do with it."""
+def describe(annotations: CocoAnnotations) -> Iterator[str]:
+    """What was checked, and what training will leave out, which is no fault."""
     is_object = coco_utils.is_object(annotations)
     image_of_box = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
-    num_trained = len(np.unique(image_of_box[is_object]))
-    lines = [
-        f"{annotations.path}: {len(annotations.image_ids)} images, {len(annotations.boxes)} boxes of "
-        f"{len(annotations.categories)} classes; {num_trained} images and {is_object.sum()} boxes to train on, as "
-        f"{annotations.is_crowd.sum()} boxes are crowds and "
-        f"{(~is_object & ~annotations.is_crowd).sum()} have no area inside their image",
-        *annotations.notes,
-    ]
-    return "\n".join(lines)
+    yield (
+        f"{annotations.path}: {len(annotations.image_ids)} images with {len(annotations.boxes)} boxes of "
+        f"{len(annotations.categories)} classes; of these, training uses {len(np.unique(image_of_box[is_object]))} "
+        f"images with {is_object.sum()} boxes"
+    )
+    for note in annotations.notes:
+        yield f"note: {note}"
+    for i in np.flatnonzero(~is_object & ~annotations.is_crowd):
+        yield (
+            f"note: {annotations.path}: annotation {annotations.annotation_ids[i]} of image {image_of_box[i]} has no "
+            f"area inside its image: {annotations.boxes[i].tolist()}; it is not trained on"
+        )
+    for image_id in np.setdiff1d(image_of_box[annotations.is_crowd], image_of_box[~annotations.is_crowd]):
+        yield f"note: {annotations.path}: image {image_id} has crowds only; it is not trained on"

@@ -11,11 +11,10 @@ import os
 import re
 import reprlib
 import shutil
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +27,7 @@ SINGULAR = {"images": "image", "categories": "category", "annotations": "annotat
 DEFAULTS = {"area": "width x height is used, which may move scores by size", "iscrowd": "taken for no crowd"}
 # a check of a field's value, and what it asks for in words
 Rule = tuple[Callable[[object], bool], str]
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, line ends, surrogates
 # masks are most of a file, and SSD needs none
 POLYGONS = re.compile(rb'("segmentation"\s*:\s*)\[[-+.,\d\seE\[\]]*\]')
 
@@ -39,7 +39,9 @@ class DataError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(message.rpartition("DataError: ")[2].strip())
+        if message.startswith("Caught DataError in "):
+            message = message.rpartition("DataError: ")[2].strip()
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class CocoAnnotations:
 
     def file_name(self, row: int) -> str:
         return self.file_names[row].decode()
+
+    def image_paths(self, images_dir: Path) -> list[Path]:
+        return [images_dir / name.decode() for name in self.file_names]
 
     @cached_property
     def label_of(self) -> dict[int, int]:
@@ -127,7 +132,7 @@ def load_json(path: Path) -> dict:
             content = json.loads(POLYGONS.sub(rb"\g<1>0", text))
     except OSError as error:
         raise DataError(f"{path}: cannot read the annotation file: {error.strerror}") from None
-    except ValueError as error:  # of an empty file, too
+    except (ValueError, RecursionError) as error:  # ValueError of an empty file, too
         raise DataError(f"{path}: not a COCO annotation file: {error}") from None
     for name in SINGULAR:
         if type(content) is not dict or type(content.get(name)) is not list:
@@ -147,51 +152,37 @@ def parse_annotations(path: Path) -> tuple[CocoAnnotations, list[str]]:
         DataError: the file cannot be read, or is no annotation file at all.
     """
     content = load_json(path)
-    faults: list[str] = []
-    image_ids, category_ids = set(), set()
-
-    def entries(name: str, rules: dict[str, Rule]) -> list[dict]:
-        return valid_entries(path, name, content[name], rules, faults)
-
-    images = entries(
-        "images",
-        {
-            "id": (unseen(is_integer, image_ids), "an integer of at most 15 digits that no earlier image has"),
-            "file_name": (is_file_name, "a path inside the image folder"),
+    image_ids, category_ids = (integer_ids(content[table]) for table in ("images", "categories"))
+    rules = {
+        "images": {
+            "id": (unseen(is_integer), "an integer of at most 15 digits that no earlier image has"),
+            "file_name": (is_file_name, "a path inside the image folder, in one line"),
             "width": (is_side, "a positive integer"),
             "height": (is_side, "a positive integer"),
         },
-    )
-    categories = entries(
-        "categories",
-        {
-            "id": (unseen(is_integer, category_ids), "an integer of at most 15 digits that no earlier category has"),
-            "name": (unseen(is_text, set()), "a text in one line that no earlier category has"),
+        "categories": {
+            "id": (unseen(is_integer), "an integer of at most 15 digits that no earlier category has"),
+            "name": (unseen(is_text), "a text in one line that no earlier category has"),
         },
-    )
-    annotations = entries(
-        "annotations",
-        {
-            "id": (
-                unseen(is_annotation_id, set()),
-                "an integer but 0 that no earlier one has; pycocotools needs both",
-            ),
+        "annotations": {
+            "id": (unseen(is_annotation_id), "an integer that no earlier one has, and not 0, COCO's mark for no match"),
             "image_id": (lambda value: is_integer(value) and value in image_ids, "the id of one of the images"),
-            "category_id": (
-                lambda value: is_integer(value) and value in category_ids,
-                "the id of one of the categories",
-            ),
+            "category_id": (lambda value: is_integer(value) and value in category_ids, "the id of a category"),
             "bbox": (is_box, "x, y, width and height: four finite numbers, and no negative size"),
             "area": (is_area_or_missing, "a finite number that is not negative"),
             "iscrowd": (is_flag_or_missing, "0 or 1"),
         },
-    )
-    if faults:  # those of a faulty image or category have none of their own
-        image_ids, category_ids = ({one["id"] for one in table} for table in (images, categories))
-        annotations = [
-            one for one in annotations if one["image_id"] in image_ids and one["category_id"] in category_ids
+    }
+    valid, faults = {}, []
+    for table in rules:
+        valid[table], found = valid_entries(content[table], rules[table])
+        faults += [f"{path}: {SINGULAR[table]} {fault}" for fault in found]
+    if faults:  # what belongs to a faulty image or category goes with it
+        image_ids, category_ids = (integer_ids(valid[table]) for table in ("images", "categories"))
+        valid["annotations"] = [
+            one for one in valid["annotations"] if one["image_id"] in image_ids and one["category_id"] in category_ids
         ]
-    return to_arrays(path, images, categories, annotations), faults
+    return to_arrays(path, **valid), faults
 
 
 def to_arrays(path: Path, images: list[dict], categories: list[dict], annotations: list[dict]) -> CocoAnnotations:
@@ -224,18 +215,22 @@ def to_arrays(path: Path, images: list[dict], categories: list[dict], annotation
     )
 
 
-def valid_entries(path: Path, name: str, entries: list, rules: dict[str, Rule], faults: list[str]) -> list[dict]:
-    """The entries of a list that keep all rules; appends a line to ``faults`` for each of the others."""
-    valid = []
+def valid_entries(entries: list, rules: dict[str, Rule]) -> tuple[list[dict], list[str]]:
+    """The entries of a list that keep all rules, and what is wrong with the others."""
+    valid, faults = [], []
     for position, entry in enumerate(entries, start=1):
         fault = broken_rule(entry, rules)
         if fault is None:
             valid.append(entry)
-            continue
-        has_id = type(entry) is dict and type(entry.get("id")) in (int, str)
-        which = reprlib.repr(entry["id"]) if has_id else f"number {position} of the list"
-        faults.append(f"{path}: {SINGULAR[name]} {which} {fault}")
-    return valid
+        else:
+            has_id = type(entry) is dict and type(entry.get("id")) in (int, str)
+            which = reprlib.repr(entry["id"]) if has_id else f"number {position} of the list"
+            faults.append(f"{which} {fault}")
+    return valid, faults
+
+
+def integer_ids(entries: list) -> set[int]:
+    return {one["id"] for one in entries if type(one) is dict and is_integer(one.get("id"))}
 
 
 def broken_rule(entry, rules: dict[str, Rule]) -> str | None:
@@ -248,8 +243,9 @@ def broken_rule(entry, rules: dict[str, Rule]) -> str | None:
     return None
 
 
-def unseen(is_valid: Callable[[object], bool], seen: set) -> Callable[[object], bool]:
-    """A rule that holds for valid values, for each the first time; gathers them in ``seen``."""
+def unseen(is_valid: Callable[[object], bool]) -> Callable[[object], bool]:
+    """A rule that holds for valid values, for each the first time."""
+    seen = set()
 
     def is_first(value) -> bool:
         is_new = is_valid(value) and value not in seen
@@ -273,7 +269,7 @@ def is_side(value) -> bool:
 
 
 def is_text(value) -> bool:
-    return type(value) is str and value != "" and value.isprintable()
+    return type(value) is str and value != "" and not UNPRINTABLE.search(value)
 
 
 def is_file_name(value) -> bool:
@@ -281,7 +277,7 @@ def is_file_name(value) -> bool:
 
 
 def is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < sys.float_info.max
+    return type(value) in (int, float) and abs(value) < 1e100  # so that areas are finite as well
 
 
 def is_box(value) -> bool:
@@ -314,57 +310,61 @@ def describe_file(path: Path) -> dict:
 
 
 def index_path(path: Path, index_dir: Path) -> Path:
-    """The folder for the index of a file as it is now.
-
-    Raises:
-        DataError: the file is missing.
-    """
-    try:
-        key = json.dumps(describe_file(path)).encode()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the annotation file: {error.strerror}") from None
-    return index_dir / f"{path.stem}-{zlib.crc32(key):08x}"
+    """The folder for the index of a file: its name, and a mark of where it is."""
+    return index_dir / f"{path.stem}-{zlib.crc32(str(path.resolve()).encode()):08x}"
 
 
 def write_index(annotations: CocoAnnotations, index: Path) -> CocoAnnotations:
-    """Stores the arrays in the folder ``index``, which appears whole or not at all, and maps them from there.
+    """Stores annotations in the folder ``index``, which appears whole or not at all, and maps them from there.
 
-    Where another machine was faster, its folder is taken.
+    Where another machine was faster, its folder is taken. Where nothing can be written, the annotations stay as they
+    are, with a note.
     """
-    index.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=index.parent))
-    for name in ARRAYS:
-        np.save(temporary / f"{name}.npy", getattr(annotations, name))
-    about = {"file": describe_file(annotations.path), "checksum": checksum(annotations)}
-    about |= {"categories": list(annotations.categories.items()), "notes": annotations.notes}
-    (temporary / "about.json").write_text(json.dumps(about))
-    shutil.rmtree(index, ignore_errors=True)  # a damaged one
-    with contextlib.suppress(OSError):
-        temporary.rename(index)
-    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        index.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=index.parent))
+        try:
+            write_files(annotations, temporary / "new")
+            if (others := open_index(index, annotations.path)) is not None:
+                return others
+            with contextlib.suppress(FileNotFoundError):
+                index.rename(temporary / "old")  # stale or damaged
+            (temporary / "new").rename(index)
+        finally:
+            shutil.rmtree(temporary)
+    except OSError as error:
+        note = f"{index}: cannot be written ({error.strerror}), so that every start reads the json again"
+        annotations = replace(annotations, notes=[*annotations.notes, note])
     return open_index(index, annotations.path) or annotations
+
+
+def write_files(annotations: CocoAnnotations, folder: Path) -> None:
+    folder.mkdir()
+    for name in ARRAYS:
+        np.save(folder / f"{name}.npy", getattr(annotations, name))
+    texts = {"categories": list(annotations.categories.items()), "notes": annotations.notes}
+    (folder / "texts.json").write_text(json.dumps(texts))
+    about = {"file": describe_file(annotations.path), "checksums": checksums(folder)}
+    (folder / "about.json").write_text(json.dumps(about))
 
 
 def open_index(index: Path, path: Path) -> CocoAnnotations | None:
     """The annotations that the folder ``index`` stores; None if it is missing, damaged, or not of the file ``path``."""
     try:
-        annotations = map_index(index, path)
         about = json.loads((index / "about.json").read_text())
-        is_good = about["checksum"] == checksum(annotations) and about["file"] == describe_file(path)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
-        return None
-    return annotations if is_good else None
+        if about == {"file": describe_file(path), "checksums": checksums(index)}:
+            return map_index(index, path)
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 def map_index(index: Path, path: Path) -> CocoAnnotations:
-    about = json.loads((index / "about.json").read_text())
+    texts = json.loads((index / "texts.json").read_text())
     # asarray: the same memory, without the slowness of NumPy's class for mapped files
     arrays = {name: np.asarray(np.load(index / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
-    return CocoAnnotations(path, **arrays, categories=dict(about["categories"]), notes=about["notes"], index=index)
+    return CocoAnnotations(path, **arrays, categories=dict(texts["categories"]), notes=texts["notes"], index=index)
 
 
-def checksum(annotations: CocoAnnotations) -> int:
-    value = 0
-    for name in ARRAYS:
-        value = zlib.crc32(getattr(annotations, name), value)
-    return value
+def checksums(folder: Path) -> dict[str, int]:
+    return {name: zlib.crc32((folder / name).read_bytes()) for name in [*(f"{a}.npy" for a in ARRAYS), "texts.json"]}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy import ndarray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler, default_collate
 
@@ -28,7 +28,7 @@ def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content
         annotations: what names the image.
         images_dir: the folder it is in.
         row: which image, as a row of the annotations.
-        content: the file's content; if there is none, it is read.
+        content: the file's content. Where it is empty, the file is read, so that the system says what is wrong.
 
     Raises:
         DataError: the file is missing, damaged, of an unknown kind, or of another size than the annotations say.
@@ -56,9 +56,20 @@ def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content
         raise DataError(f"{where}: is a decompression bomb, with more than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except DataError:
         raise
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: is empty, or neither JPEG nor PNG; replace the file or remove the image") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
         reason = " ".join(str(error).split())
         raise DataError(f"{where}: cannot be decoded ({reason}); replace the file or remove the image") from None
+
+
+def fault_of_image(annotations: CocoAnnotations, images_dir: Path, row: int) -> str:
+    """What is wrong with an image; an empty text if nothing is."""
+    try:
+        load_image(annotations, images_dir, row)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def load_or_skip(
@@ -104,6 +115,7 @@ class CocoTrainDataset(Dataset):
         seed: seed of the run.
         skip_bad_images: in place of an image that cannot be read, serve a black one without objects, which adds nothing
             to SSD's loss, and the reason as ``fault`` of the sample (else an empty text). By default a DataError.
+        files: the content of all images of the annotations, in their order. By default they are read from the folder.
 
     Raises:
         DataError: no image has a box to train on.
@@ -116,13 +128,14 @@ class CocoTrainDataset(Dataset):
         preset,
         seed: int,
         skip_bad_images: bool = False,
+        files: SharedFiles | None = None,
     ):
         self.annotations = annotations
         self.images_dir = Path(images_dir)
         self.preset = preset
         self.seed = seed
         self.skip_bad_images = skip_bad_images
-        self.files = None
+        self.files = files
         objects_until = np.concatenate(([0], is_object(annotations).cumsum()))[annotations.offsets]
         self.num_boxes = int(objects_until[-1])
         self.rows = np.flatnonzero(np.diff(objects_until))
@@ -140,18 +153,11 @@ class CocoTrainDataset(Dataset):
         labels = np.array([a.label_of[category_id] for category_id in a.category_ids[span].tolist()], dtype=np.int64)
         return boxes[kept], labels[kept]
 
-    def hold(self, files: SharedFiles) -> None:
-        """From now on takes images from ``files``, which has those of ``paths()``, where it could read them."""
-        self.files = files
-
-    def paths(self) -> list[Path]:
-        return [self.images_dir / self.annotations.file_name(row) for row in self.rows]
-
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         row = self.rows[index]
         boxes, labels = self.objects(row)
-        content = self.files[index] if self.files else None
+        content = self.files[row] if self.files else None
         image, fault = load_or_skip(self.annotations, self.images_dir, row, self.skip_bad_images, content)
         if fault:
             boxes, labels = boxes[:0], labels[:0]

@@ -26,7 +26,7 @@ import presets
 import shapes
 import ssd
 import utils
-from coco_annotations import CocoAnnotations
+from coco_annotations import CocoAnnotations, DataError
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_PICTURED_SCORE = 0.3
@@ -126,8 +126,9 @@ def draw_detections(
     """The first images with ground truth (left) and detections over ``MIN_PICTURED_SCORE`` (right), uint8 [3, H, W]."""
     drawn = []
     for row in range(min(num_pictures, len(annotations.image_ids))):
-        image, fault = coco_utils.load_or_skip(annotations, Path(images_dir), row, skip_bad_images=True)
-        if fault:  # evaluation has reported it
+        try:
+            image = coco_utils.load_image(annotations, Path(images_dir), row)
+        except DataError:  # evaluation has reported it
             continue
         objects = slice(*annotations.offsets[row : row + 2])
         found = detections[(detections[:, 0] == annotations.image_ids[row]) & (detections[:, 5] >= MIN_PICTURED_SCORE)]
@@ -147,11 +148,11 @@ def draw_detections(
     return drawn
 
 
-def find_data(args: argparse.Namespace, split: str) -> tuple[Path, Path]:
+def name_data(args: argparse.Namespace, split: str) -> tuple[Path, Path]:
     """Image folder and annotation file of a split, ``train`` or ``val``, as the flags name them.
 
     Raises:
-        ValueError: the flags name neither a data path nor the files of the split, or there is no such image folder.
+        ValueError: the flags name neither a data path nor the files of the split.
     """
     root = args.data_path
     if args.dataset == "shapes":
@@ -164,15 +165,18 @@ def find_data(args: argparse.Namespace, split: str) -> tuple[Path, Path]:
             f"--data-path is missing: give the folder of a COCO data set, or --{split}-images and "
             f"--{split}-annotations; --dataset shapes needs neither"
         )
-    images_dir = Path(images or f"{root}/{split}2017")
-    if not images_dir.is_dir():
-        raise ValueError(f"{images_dir}: no such image folder")
-    return images_dir, Path(annotations or f"{root}/annotations/instances_{split}2017.json")
+    return Path(images or f"{root}/{split}2017"), Path(annotations or f"{root}/annotations/instances_{split}2017.json")
 
 
 def open_data(args: argparse.Namespace, split: str) -> tuple[CocoAnnotations, Path]:
-    """Annotations and image folder of a split, as the flags name them; the annotations are indexed in the output."""
-    images_dir, path = find_data(args, split)
+    """Annotations and image folder of a split, as the flags name them; the annotations are indexed in the output.
+
+    Raises:
+        ValueError: the flags name no data, there is no such folder, or the annotations have faults.
+    """
+    images_dir, path = name_data(args, split)
+    if not images_dir.is_dir():
+        raise ValueError(f"{images_dir}: no such image folder")
     with utils.main_first():  # so that the file is read once
         annotations = coco_annotations.read_annotations(path, Path(args.output_dir) / "annotations")
     for note in annotations.notes:

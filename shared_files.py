@@ -13,28 +13,28 @@ READING_THREADS = 32  # a network file system answers many readers at once
 
 
 class SharedFiles:
-    """The content of files in shared memory, which is freed when the process that read them ends.
+    """The content of files in shared memory, which is freed when the last process that uses it ends.
 
     Args:
-        memory: path by which other processes of the machine open the memory.
-        offsets: int64 [files + 1]; file ``i`` is ``offsets[i]`` to ``offsets[i + 1]``.
+        memory: path by which other processes of the machine open the memory, while the process that read lives.
+        starts, ends: int64 [files], where the content of each file begins and ends.
     """
 
-    def __init__(self, memory: str, offsets: ndarray):
+    def __init__(self, memory: str, starts: ndarray, ends: ndarray):
         self.memory = memory
-        self.offsets = offsets
+        self.starts = starts
+        self.ends = ends
         self.content = np.memmap(memory, np.uint8, mode="r")
 
     def __reduce__(self):
-        return SharedFiles, (self.memory, self.offsets)
+        return SharedFiles, (self.memory, self.starts, self.ends)
 
     def __getitem__(self, index: int) -> bytes:
         """The content of a file; empty if it could not be read."""
-        start, end = self.offsets[index : index + 2]
-        return self.content[start:end].tobytes()
+        return self.content[self.starts[index] : self.ends[index]].tobytes()
 
 
-def read_files(paths: list[Path]) -> tuple[str, ndarray]:
+def read_files(paths: list[Path]) -> tuple[str, ndarray, ndarray]:
     """Reads files into shared memory, and returns what ``SharedFiles`` takes, in any process of the machine.
 
     Raises:
@@ -43,8 +43,8 @@ def read_files(paths: list[Path]) -> tuple[str, ndarray]:
     if not hasattr(os, "memfd_create"):
         raise ValueError("--cache ram: this system has no shared memory of the kind that it needs; leave it out")
     with ThreadPoolExecutor(READING_THREADS) as pool:
-        offsets = np.concatenate(([0], np.cumsum(list(pool.map(size_of, paths)), dtype=np.int64)))
-        needed, free = int(offsets[-1]), free_memory()
+        sizes = np.array(list(pool.map(size_of, paths)), dtype=np.int64)
+        needed, free = int(sizes.sum()), free_memory()
         if needed > free:
             raise ValueError(
                 f"--cache ram: the images take {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of memory are free"
@@ -52,12 +52,14 @@ def read_files(paths: list[Path]) -> tuple[str, ndarray]:
         descriptor = os.memfd_create("files")  # left open for as long as this process runs
         os.ftruncate(descriptor, max(needed, 1))
 
-        def read(path: Path, start: int, end: int) -> None:
+        def read(path: Path, start: int, size: int) -> int:
             with contextlib.suppress(OSError):
-                os.pwrite(descriptor, path.read_bytes()[: end - start], start)
+                return os.pwrite(descriptor, path.read_bytes()[:size], start)
+            return 0
 
-        list(pool.map(read, paths, offsets[:-1].tolist(), offsets[1:].tolist()))
-    return f"/proc/{os.getpid()}/fd/{descriptor}", offsets
+        starts = sizes.cumsum() - sizes
+        lengths = list(pool.map(read, paths, starts.tolist(), sizes.tolist()))
+    return f"/proc/{os.getpid()}/fd/{descriptor}", starts, starts + np.array(lengths, dtype=np.int64)
 
 
 def size_of(path: Path) -> int:
@@ -68,6 +70,9 @@ def size_of(path: Path) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that can be had without swapping."""
+    """Bytes that can be had without swapping, or that a container may have at all, if these are fewer."""
     (kib,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return 1024 * int(kib)
+    limits = [1024 * int(kib)]
+    with contextlib.suppress(OSError, ValueError):  # no such control group, or "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)

@@ -100,11 +100,13 @@ def make_model(args: argparse.Namespace, num_classes: int, resumed: bool = False
 def make_dataset(
     args: argparse.Namespace, annotations: CocoAnnotations, images_dir: Path, preset: DetectionPresetTrain
 ) -> CocoTrainDataset:
-    dataset = CocoTrainDataset(annotations, images_dir, preset, args.seed, skip_bad_images=args.on_bad_image == "skip")
+    files = None
     if args.cache == "ram":
-        utils.print_on_main(f"Reading {len(dataset)} images into memory")
-        dataset.hold(SharedFiles(*utils.from_first_of_machine(lambda: shared_files.read_files(dataset.paths()))))
-    return dataset
+        utils.print_on_main(f"Reading {len(annotations.image_ids)} images into memory")
+        paths = annotations.image_paths(images_dir)
+        files = SharedFiles(*utils.from_first_of_machine(lambda: shared_files.read_files(paths)))
+    skips = args.on_bad_image == "skip"
+    return CocoTrainDataset(annotations, images_dir, preset, args.seed, skip_bad_images=skips, files=files)
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -304,7 +306,7 @@ def main(args: argparse.Namespace) -> None:
 
     def after_step(step_log: utils.StepLog) -> None:
         if args.checkpoint_freq and state.global_step % args.checkpoint_freq == 0:
-            step_log.check_finite()
+            step_log.before_checkpoint()
             save("checkpoint.pth")
 
     def evaluation_is_due() -> bool:

@@ -10,6 +10,7 @@ Constants and order are those of torchvision's ``ssd`` preset, which trained the
 [G, 4], xyxy in pixels of the source image until ``project_boxes``.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -193,8 +194,9 @@ def resample(image: ndarray, view: View, size: int, dtype: type) -> tuple[Tensor
     seen = blend(*taps, torch.from_numpy(rows.second_weight)[:, None]).numpy()
     if dtype == np.uint8:
         seen = seen.round().astype(np.uint8)
+    seen = seen.reshape(len(rows.first), len(columns.first), 4)[..., :3]
     pixels = np.zeros((3, size, size), dtype)
-    pixels[:, rows.covered, columns.covered] = seen.reshape(len(seen), -1, 4)[..., :3].transpose(2, 0, 1)
+    pixels[:, rows.covered, columns.covered] = seen.transpose(2, 0, 1)
     return torch.from_numpy(pixels), torch.from_numpy(np.stack((rows.coverage, columns.coverage)))
 
 
@@ -285,11 +287,13 @@ def shift_hue(images: Tensor, shift: Tensor | float) -> Tensor:
 def grey_mean(image: ndarray, factors: dict[str, float]) -> float:
     """Mean grey of the whole source image [H, W, 4] at the moment when contrast is applied.
 
-    Every n-th pixel suffices for a mean. It also keeps PyTorch from splitting the work among threads, so that the
-    result is the same, bit for bit, in the main process and in a loader worker.
+    Every n-th pixel suffices for a mean, if these are spread over all columns. So few also keep PyTorch from splitting
+    the work among threads, so that the result is the same, bit for bit, in the main process and in a loader worker.
     """
     pixels = image.reshape(-1, 4)
     stride = -(-len(pixels) // MAX_PIXELS_FOR_GREY_MEAN)
+    while math.gcd(stride, image.shape[1]) > 1:
+        stride += 1
     sampled = pixels[stride // 2 :: stride, :3].astype(np.float32)
     pixels = torch.from_numpy(sampled).T.reshape(1, 3, 1, -1)
     pixels = adjust_brightness(pixels, factors["brightness"])

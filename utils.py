@@ -114,7 +114,13 @@ def gather(value) -> list:
 
 def from_first_of_machine(make: Callable):
     """What ``make`` returns on the first process of each machine, for all processes of that machine."""
-    return gather(make() if local_rank() == 0 else None)[rank() - local_rank()]
+    if not dist.is_initialized():
+        return make()
+    values = [None] * world_size()
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))  # ``make`` may take long
+    dist.all_gather_object(values, make() if local_rank() == 0 else None, group)
+    dist.destroy_process_group(group)
+    return values[rank() - local_rank()]
 
 
 def gather_to_main(value) -> list | None:
@@ -238,7 +244,10 @@ class RunLog:
 
             output_dir.mkdir(parents=True, exist_ok=True)
             path = output_dir / "metrics.jsonl"
-            drop_later_lines(path, last_steps or {})
+            for record in keep_earlier_records(path, last_steps or {}):
+                if record["kind"] == "skipped":
+                    self.num_skipped = record["samples"]
+                    self.faults |= set(record["faults"])
             self.json_lines = open(path, "a")  # noqa: SIM115
             last_step = max((last_steps or {}).values(), default=0)
             self.tensorboard = SummaryWriter(str(output_dir), purge_step=last_step + 1 if last_step else None)
@@ -254,12 +263,16 @@ class RunLog:
 
     def skipped(self, faults: list[str], step: int) -> None:
         """Counts samples that were skipped, and reports each fault when it is first met."""
+        if not faults:
+            return
         self.num_skipped += len(faults)
-        for fault in sorted(set(faults) - self.faults):
-            self.faults.add(fault)
+        new = sorted(set(faults) - self.faults)
+        self.faults |= set(new)
+        for fault in new:
             self.info(f"Skipped {fault}")
-            if self.enabled:
-                print(json.dumps({"kind": "skipped", "step": step, "fault": fault}), file=self.json_lines, flush=True)
+        if self.enabled:
+            record = {"kind": "skipped", "step": step, "samples": self.num_skipped, "faults": new}
+            print(json.dumps(record), file=self.json_lines, flush=True)
 
     def metrics(self, kind: str, step: int, values: dict[str, float | None], **context) -> None:
         """Logs the numbers of one moment as a line of json and as TensorBoard scalars ``kind/name``."""
@@ -283,17 +296,22 @@ class RunLog:
             self.tensorboard.close()
 
 
-def drop_later_lines(path: Path, last_steps: dict[str, int]) -> None:
-    """Keeps the lines of metrics.jsonl up to the last step of their kind; a line cut short by a crash goes too."""
+def keep_earlier_records(path: Path, last_steps: dict[str, int]) -> list[dict]:
+    """Keeps the lines of metrics.jsonl up to the last step of their kind; a line cut short by a crash goes too.
+
+    Returns:
+        What those lines hold.
+    """
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
             if record["step"] <= last_steps.get(record["kind"], 0):
-                kept.append(line + "\n")
+                kept.append(record)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
     os.replace(temporary, path)
+    return kept
 
 
 @dataclass(kw_only=True)
@@ -349,10 +367,18 @@ class StepLog:
             self.write_line(lr)
         self.log.live(f"{bar(self.step, self.last_step)} {self.last_line}")
 
-    def check_finite(self) -> None:
-        """Raises FloatingPointError, on all processes alike, if a loss since the last line is not finite."""
+    def before_checkpoint(self) -> None:
+        """Raises FloatingPointError, on all processes alike, if a loss since the last line is not finite.
+
+        Reports what was skipped since, as a run that continues from the checkpoint will not.
+        """
         if self.window_steps > 0:
             self.read_losses()
+            self.report_skipped()
+
+    def report_skipped(self) -> None:
+        self.log.skipped([fault for faults in gather(self.window_faults) for fault in faults], self.global_step)
+        self.window_faults = []
 
     def read_losses(self) -> dict[str, float]:
         """Means of the losses since the last line, over steps and processes."""
@@ -374,7 +400,7 @@ class StepLog:
         rates = {"lr": lr, "images/s": self.images_per_step / seconds, "time": seconds}
         rates["data"] = self.wait_time / self.window_steps
         rates["max mem"] = max_memory()
-        self.log.skipped([fault for faults in gather(self.window_faults) for fault in faults], self.global_step)
+        self.report_skipped()
         if self.log.num_skipped:
             rates["skipped"] = self.log.num_skipped
         eta = datetime.timedelta(seconds=round(seconds * (self.last_step - self.step)))

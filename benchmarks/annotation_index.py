@@ -11,7 +11,6 @@ every annotation: the memory that this adds to a worker, not shared with any oth
 import argparse
 import json
 import multiprocessing
-import re
 import resource
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from memory import private_memory
 
 import coco_annotations
 from coco_utils import CocoTrainDataset
@@ -82,12 +83,6 @@ def start_pycocotools(path: Path) -> dict:
 def in_new_process(function, *arguments) -> dict:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def private_memory() -> float:
-    """MiB of this process that no other process shares."""
-    text = Path("/proc/self/smaps_rollup").read_text()
-    return sum(int(kib) for kib in re.findall(r"^Private_\w+: +(\d+) kB$", text, re.MULTILINE)) / 1024
 
 
 def start_worker() -> None:

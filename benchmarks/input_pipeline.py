@@ -11,7 +11,6 @@ by the clock, and the memory that a worker has for itself. The last line is one 
 import argparse
 import json
 import multiprocessing
-import re
 import statistics
 import sys
 import tempfile
@@ -29,8 +28,11 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from memory import private_memory
+
 import coco_annotations
 import coco_utils
+import evaluate
 import presets
 import utils
 from coco_utils import CocoTrainDataset
@@ -153,12 +155,6 @@ def measure_variants(root: Path, rounds: int) -> dict[str, float]:
     return {name: num_images / statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
 
 
-def private_memory(pid: int) -> float:
-    """MiB of a process that no other process shares."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(int(kib) for kib in re.findall(r"^Private_\w+: +(\d+) kB$", text, re.MULTILINE)) / 1024
-
-
 def measure_loader(root: Path, workers: int, rounds: int) -> dict[str, float]:
     """A DataLoader as in train.py: images per second by the clock, and the private memory of its largest worker."""
     dataset = open_data_set(root)
@@ -186,7 +182,7 @@ def main() -> None:
     parser.add_argument("--data-path", type=Path, help="folder in COCO's layout; its training images are used")
     parser.add_argument("--images", type=int, default=60, help="how many to make where no path is given")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="of the DataLoader")
+    parser.add_argument("--workers", type=evaluate.positive, default=2, help="of the DataLoader")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_path or Path(folder) / "data"

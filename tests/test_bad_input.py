@@ -23,7 +23,7 @@ def damaged(data_path, tmp_path):
     train_images[2].write_text("<html>not found</html>")
     train_images[3].unlink()
     shutil.copy(root / "train2017" / names[5], val_image)  # of another size
-    faults = ["cannot be decoded", "cannot be decoded", "cannot be decoded", "no such file"]
+    faults = ["cannot be decoded", "is empty, or neither", "is empty, or neither", "no such file"]
     return root, dict(zip(train_images, faults, strict=True)) | {val_image: "pixels, but"}
 
 
@@ -72,7 +72,7 @@ def test_check_data_knows_when_there_is_nothing_to_train_on(data_path, tmp_path,
     path.write_text(json.dumps(content))
     arguments = ["--data-path", str(tmp_path / "crowds"), "--workers", "0"]
     assert list(check_data.find_faults(train.parse_args(arguments))) == [f"{path}: no image has a box to train on"]
-    assert "0 images and 0 boxes to train on" in capsys.readouterr().out
+    assert "training uses 0 images with 0 boxes" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no image has a box to train on"):
         train.main(train.parse_args([*SMALL, *arguments, "--output-dir", str(tmp_path / "out")]))
 
@@ -94,7 +94,7 @@ def test_bad_images_are_skipped_counted_and_named(run, damaged, tmp_path, proces
     *train_faults, val_fault = faults.items()
     assert all(has_line(result.stdout, *fault) for fault in faults.items())
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    named = [record["fault"] for record in records if record["kind"] == "skipped"]
+    named = [fault for record in records if record["kind"] == "skipped" for fault in record["faults"]]
     assert len(named) == len(train_faults)
     assert all(any(has_line(fault, *expected) for fault in named) for expected in train_faults)
     # all 12 images are in both epochs
@@ -136,6 +136,51 @@ def test_bad_images_in_memory_are_named(damaged, tmp_path):
     assert any(has_line(str(error.value), *fault) for fault in faults.items())
 
 
-def test_a_missing_image_folder_is_named(run, data_path):
-    command = ["train.py", "--check-data", "--data-path", data_path, "--train-images", "nowhere"]
-    assert run(*command, fails=True).stderr.strip() == "train.py: error: nowhere: no such image folder"
+def test_a_missing_image_folder_is_named(run, data_path, tmp_path):
+    folder = ["--data-path", data_path, "--train-images", "nowhere"]
+    error = run("train.py", *SMALL, *folder, "--output-dir", tmp_path, fails=True).stderr.strip()
+    assert error == "train.py: error: nowhere: no such image folder"
+    checked = run("train.py", "--check-data", *folder, "--workers", 1, fails=True).stdout
+    assert "nowhere: no such image folder" in checked.splitlines()
+    assert f"{data_path / 'annotations/instances_val2017.json'}: 7 images" in checked
+
+
+def test_check_data_notes_what_training_leaves_out(data_path, tmp_path, capsys):
+    shutil.copytree(data_path, tmp_path / "odd")
+    path = tmp_path / "odd/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    image_id = content["images"][0]["id"]
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != image_id]
+    more = {"image_id": image_id, "category_id": content["categories"][0]["id"], "iscrowd": 1, "area": 5}
+    content["annotations"].append(more | {"id": 9001, "bbox": [5, 5, 9, 9]})
+    content["annotations"][0]["bbox"] = [5000, 5, 10, 10]
+    content["annotations"][1]["bbox"] = [5, 5, 0, 10]
+    del content["annotations"][2]["area"]
+    path.write_text(json.dumps(content))
+    assert not list(check_data.find_faults(train.parse_args(["--data-path", str(tmp_path / "odd"), "--workers", "0"])))
+    console = capsys.readouterr().out
+    outside, empty = content["annotations"][:2]
+    for annotation in (outside, empty):
+        assert f"note: {path}: annotation {annotation['id']} of image {annotation['image_id']} has no area" in console
+    assert f"note: {path}: image {image_id} has crowds only; it is not trained on" in console
+    assert f"note: {path}: 1 annotations have no area" in console
+
+
+def test_a_resumed_run_goes_on_counting_what_it_skips(damaged, tmp_path, capsys):
+    root, _ = damaged
+    command = [*SMALL, "--data-path", str(root), "--workers", "0", "--eval-freq", "0", "--on-bad-image", "skip"]
+
+    def skipped_samples(output_dir, *flags) -> int:
+        train.main(train.parse_args([*command, "--output-dir", str(output_dir), *flags]))
+        records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+        skipped = [record for record in records if record["kind"] == "skipped"]
+        named = [fault for record in skipped for fault in record["faults"]]
+        assert len(named) == len(set(named)) == (3 if "3" in flags else 4)
+        return skipped[-1]["samples"]
+
+    whole = skipped_samples(tmp_path / "whole", "--max-steps", "8", "--print-freq", "100")
+    assert whole == 8  # four images in each of two epochs
+    skipped_samples(tmp_path / "parts", "--max-steps", "3", "--print-freq", "100", "--checkpoint-freq", "2")
+    resumed = ["--max-steps", "8", "--print-freq", "100", "--resume", "auto"]
+    assert skipped_samples(tmp_path / "parts", *resumed) == whole
+    assert capsys.readouterr().out.count("Skipped 8 samples") == 2

@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import utils
 from coco_annotations import DataError
 from coco_utils import CocoEvalDataset, CocoTrainDataset, EpochBatchSampler
 from presets import DetectionPresetEval, DetectionPresetTrain
+from shared_files import SharedFiles, read_files
 
 
 def train_dataset(path, images_dir="") -> CocoTrainDataset:
@@ -197,6 +200,23 @@ def test_batches_are_the_same_for_any_number_of_workers(data_path, workers):
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def test_a_data_set_may_go_to_workers_that_are_started_anew(data_path, tmp_path):
+    """As Python 3.14 starts them; what they get is the names of index and shared memory."""
+    path = data_path / "annotations/instances_train2017.json"
+    a = coco_annotations.read_annotations(path, tmp_path / "index")
+    preset = DetectionPresetTrain(data_augmentation="ssd", size=300)
+    files = SharedFiles(*read_files(a.image_paths(data_path / "train2017")))
+    dataset = CocoTrainDataset(a, tmp_path / "nowhere", preset, seed=0, files=files)
+    assert len(pickle.dumps(dataset)) < 10_000
+    expected = train_dataset(path, data_path / "train2017")
+    sampler = EpochBatchSampler(len(dataset), 4, seed=0)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=sampler, num_workers=1, collate_fn=coco_utils.collate, multiprocessing_context="spawn"
+    )
+    for batch, keys in zip(loader, sampler, strict=True):
+        assert torch.equal(batch["image"], coco_utils.collate([expected[key] for key in keys])["image"])
+
+
 def test_exif_rotation_is_ignored(tmp_path, write):
     a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1)]))
     exif = Image.Exif()
@@ -205,29 +225,31 @@ def test_exif_rotation_is_ignored(tmp_path, write):
     assert coco_utils.load_image(a, tmp_path, 0).shape == (80, 100, 4)
 
 
-def damaged_images(folder):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)).save(folder / "whole.jpg")
-    whole = (folder / "whole.jpg").read_bytes()
-    return {
-        "cannot be decoded": [b"", whole[: len(whole) // 2], b"<html></html>"],
-        "is 100x80 pixels": [whole],
-    }
-
-
 def test_bad_images_are_named(tmp_path, write):
-    a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1, 90, 80)]))
-    with pytest.raises(DataError, match=r"1\.png \(image id 1\): no such file"):
-        coco_utils.load_image(a, tmp_path, 0)
-    for message, contents in damaged_images(tmp_path).items():
-        if message == "cannot be decoded":
-            a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1)]))
-        else:
-            a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1, 90, 80)]))
-        for content in contents:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)).save(
+        tmp_path / "whole.jpg"
+    )
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    contents = {
+        b"": "is empty, or neither JPEG nor PNG",
+        b"<html></html>": "is empty, or neither JPEG nor PNG",
+        whole[: len(whole) // 2]: "cannot be decoded (image file is truncated",
+        whole: f"is 100x80 pixels, but {tmp_path / 'annotations.json'} says 90x80; correct one of them",
+    }
+    where = f"{tmp_path / '1.png'} (image id 1): "
+    for content, message in {None: "no such file; check the image folder", **contents}.items():
+        a = coco_annotations.read_annotations(
+            write([annotation(1)], images=[image(1, 90 if content == whole else 100)])
+        )
+        if content is not None:
             (tmp_path / "1.png").write_bytes(content)
-            with pytest.raises(DataError, match=rf"1\.png \(image id 1\): {message}") as error:
-                coco_utils.load_image(a, tmp_path, 0)
+        assert coco_utils.fault_of_image(a, tmp_path, 0).startswith(where + message)
+        if content:  # from memory as from the disk
+            with pytest.raises(DataError) as error:
+                coco_utils.load_image(a, tmp_path / "nowhere", 0, content)
+            assert message in str(error.value)
             assert "\n" not in str(error.value)
+            assert " object at " not in str(error.value)
 
 
 def test_image_folders_may_hold_links(tmp_path, write):

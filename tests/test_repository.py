@@ -64,6 +64,11 @@ def test_every_flag_is_read(script, readers):
     assert {action.dest for action in PARSERS[script]._actions} - {"help", "recipe"} <= read
 
 
+def test_readme_says_what_each_file_knows():
+    table = README.split("## What is where")[1].split("\n\n")[1]
+    assert set(re.findall(r"`(\w+\.py)`", table)) == {path.name for path in ROOT.glob("*.py")} | {"test_scripts.py"}
+
+
 def test_recipes_set_flags_that_exist():
     known = {action.dest for action in PARSERS["train.py"]._actions} | {"tuned_for_batch"}
     for name, values in presets.RECIPES.items():

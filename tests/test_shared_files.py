@@ -1,6 +1,7 @@
 import multiprocessing
-import os
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
@@ -35,27 +36,38 @@ def contents(files: SharedFiles) -> list[bytes]:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_share_the_memory(paths, method):
     files = SharedFiles(*read_files(paths))
-    assert len(pickle.dumps(files)) < 500
+    assert len(pickle.dumps(files)) < 1000
     for path in paths:
         path.unlink(missing_ok=True)
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(contents, (files,)) == EXPECTED
 
 
-def read_and_name(paths, connection) -> None:
-    connection.send(read_files(paths)[0])
+def shared_memory() -> int:
+    """Bytes in use on this machine."""
+    return 1024 * int(re.search(r"^Shmem: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)[1])
+
+
+def read_and_wait(path, connection) -> None:
+    connection.send(read_files([path]))
     connection.recv()
 
 
-def test_the_memory_is_freed_with_its_process(paths):
+def test_nothing_stays_behind_a_process_that_is_killed(tmp_path):
+    size = 200 * 2**20
+    (tmp_path / "large").write_bytes(bytes(size))
+    before = shared_memory()
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=read_and_name, args=(paths, theirs))
+    process = multiprocessing.Process(target=read_and_wait, args=(tmp_path / "large", theirs))
     process.start()
-    memory = ours.recv()
-    assert os.path.exists(memory)
+    files = SharedFiles(*ours.recv())
+    assert len(files[0]) == size
+    assert shared_memory() - before > 0.9 * size
     process.kill()
     process.join()
-    assert not os.path.exists(memory)
+    assert len(files[0]) == size  # we still use it
+    del files
+    assert shared_memory() - before < 0.1 * size
 
 
 def test_what_does_not_fit_is_refused(paths, monkeypatch):
@@ -68,7 +80,11 @@ def test_free_memory():
     assert 2**20 < shared_files.free_memory() < 2**50
 
 
-def test_a_file_that_grows_while_it_is_read_leaves_the_others_whole(paths, monkeypatch):
-    monkeypatch.setattr(shared_files, "size_of", lambda path: 2)
+def test_files_that_change_size_while_they_are_read_leave_the_others_whole(paths, monkeypatch):
+    monkeypatch.setattr(shared_files, "size_of", lambda path: 10)
     files = SharedFiles(*read_files(paths))
-    assert [files[i] for i in range(4)] == [b"on", b"\0\0", b"\0\0", b"\0\1"]
+    assert contents(files) == [b"one", b"", b"", bytes(range(10))]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    assert SharedFiles(*read_files([tmp_path]))[0] == b""

@@ -1,6 +1,7 @@
 """The augmentations against torchvision v2 as oracle: same parameters, same pixels; same distributions."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,26 @@ def test_a_flip_of_a_view_that_leaves_the_image():
     image, view = make_image(40, 50), View(-30, -10, 100, 90, flipped=True)
     assert (our_pixels(image, view) - reference_pixels(image, view)).abs().max() <= 1
     assert torch.equal(our_pixels(image, view)[:, 0, 0], torch.tensor(T.FILL))
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize(
+    "view",
+    [
+        View(0, 60, 30, 30),  # below the image
+        View(0, -60, 30, 30),
+        View(70, 0, 30, 30),
+        View(-70, 0, 30, 30),
+        View(-80, 50, 30, 30),
+        View(-1051, 39, 1565, 1118),  # one row is left of the image, and falls between the samples
+        View(49, -900, 1200, 1000),
+    ],
+)
+def test_views_that_see_next_to_nothing(view, flipped):
+    image, view = make_image(40, 50), replace(view, flipped=flipped)
+    assert (our_pixels(image, view) - reference_pixels(image, view)).abs().max() <= 1
+    seen = T.resample(image, view, SIZE, np.float32)
+    assert all(tensor.isfinite().all() for tensor in seen)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3), (2, 5), (3, 2)])
@@ -175,9 +196,16 @@ def test_distortion_equals_torchvision(seed):
     assert (ours - rounded).abs().quantile(0.99) <= 4
 
 
+def striped(height: int, width: int) -> np.ndarray:
+    """Stripes of 8 pixels, one of which is black and seven of which are bright."""
+    image = np.full((height, width, 4), 200, np.uint8)
+    image[:, ::8] = 0
+    return image
+
+
 @pytest.mark.parametrize("name", ["brightness", "contrast_before", "saturation", "hue", "contrast_after"])
-def test_each_distortion_equals_torchvision_within_two_levels(name):
-    image = make_image(80, 100)
+@pytest.mark.parametrize("image", [make_image(80, 100), make_image(600, 800), striped(600, 800), striped(400, 600)])
+def test_each_distortion_equals_torchvision_within_two_levels(name, image):
     for value in (-0.05, -0.02, 0.03, 0.05) if name == "hue" else (0.5, 0.875, 1.125, 1.5):
         parameters = {"brightness": 1.0, "contrast_before": 1.0, "saturation": 1.0, "hue": 0.0, "contrast_after": 1.0}
         parameters[name] = value

@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_finite_is_found_between_lines(tmp_path, value):
     log, steps = make_step_log(tmp_path, print_freq=100)
     steps.update({"classification": torch.tensor(value), "bbox_regression": torch.tensor(1.0)}, lr=0.01)
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in epoch 2"):
-        steps.check_finite()
+        steps.before_checkpoint()
     log.close()
 
 
@@ -89,7 +89,10 @@ def test_skipped_samples_are_counted_and_each_fault_is_named_once(tmp_path, caps
         "Skipped b is bad",
     ]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [r["fault"] for r in records if r["kind"] == "skipped"] == ["a is bad", "b is bad"]
+    assert [(r["samples"], r["faults"]) for r in records if r["kind"] == "skipped"] == [
+        (2, ["a is bad", "b is bad"]),
+        (3, []),
+    ]
     assert [r["skipped"] for r in records if r["kind"] == "train"] == [2, 3]
 
 
