@@ -294,8 +294,8 @@ def grey_mean(image: ndarray, factors: dict[str, float]) -> float:
     stride = -(-len(pixels) // MAX_PIXELS_FOR_GREY_MEAN)
     while math.gcd(stride, image.shape[1]) > 1:
         stride += 1
-    sampled = pixels[stride // 2 :: stride, :3].astype(np.float32)
-    pixels = torch.from_numpy(sampled).T.reshape(1, 3, 1, -1)
+    sampled = np.ascontiguousarray(pixels[stride // 2 :: stride].T[:3], dtype=np.float32)
+    pixels = torch.from_numpy(sampled)[None, :, None]  # [1, 3, 1, pixels]
     pixels = adjust_brightness(pixels, factors["brightness"])
     if factors["contrast_after"] != 1.0 and factors["saturation"] != 1.0:
         pixels = mix(pixels, to_grey(pixels), factors["saturation"])

@@ -3,9 +3,9 @@
     python benchmarks/input_pipeline.py [--data-path DIR] [--images N] [--rounds N] [--workers N]
 
 Without --data-path it makes JPEG files of COCO's size and texture by itself. Each variant runs in one thread of its own
-process, as a loader worker does. They take turns in every round, on the same files, so that a noisy machine slows all
-alike; the median round counts, by processor time. Last comes a DataLoader with --workers processes: images per second
-by the clock, and the memory that a worker has for itself. The last line is one JSON object.
+process, as a loader worker does. They take turns in every round, on the same files; the fastest round of each counts,
+by processor time, since a noisy machine only adds to it. Last comes a DataLoader with --workers processes: images per
+second by the clock, and the memory that a worker has for itself. The last line is one JSON object.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -99,14 +100,15 @@ def reference(dataset: CocoTrainDataset) -> None:
         F.interpolate(((pixels - mean) * 255)[None], size=(SIZE, SIZE), mode="bilinear")
 
 
-def batches(dataset: CocoTrainDataset) -> list[dict]:
+def batches(dataset: CocoTrainDataset) -> Iterator[dict]:
     keys = [(0, index) for index in range(len(dataset))]
-    starts = range(0, len(keys), BATCH_SIZE)
-    return [coco_utils.collate([dataset[key] for key in keys[start : start + BATCH_SIZE]]) for start in starts]
+    for start in range(0, len(keys), BATCH_SIZE):
+        yield coco_utils.collate([dataset[key] for key in keys[start : start + BATCH_SIZE]])
 
 
 def ours(dataset: CocoTrainDataset) -> None:
-    batches(dataset)
+    for _ in batches(dataset):
+        pass
 
 
 def ours_with_device_stage(dataset: CocoTrainDataset) -> None:
@@ -147,12 +149,12 @@ def measure_variants(root: Path, rounds: int) -> dict[str, float]:
         for name, (_, keeps_memory) in VARIANTS.items()
     }
     seconds = {name: [] for name in VARIANTS}
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         for name, pool in pools.items():
             seconds[name].append(pool.submit(seconds_of, name, root).result())
     for pool in pools.values():
         pool.shutdown()
-    return {name: num_images / statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
+    return {name: num_images / min(times) for name, times in seconds.items()}
 
 
 def measure_loader(root: Path, workers: int, rounds: int) -> dict[str, float]:
@@ -181,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", type=Path, help="folder in COCO's layout; its training images are used")
     parser.add_argument("--images", type=int, default=60, help="how many to make where no path is given")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=evaluate.positive, default=10)
     parser.add_argument("--workers", type=evaluate.positive, default=2, help="of the DataLoader")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,13 @@ from pathlib import Path
 
 
 def private_memory(pid: int | str = "self") -> float:
-    """MiB of a process that no other process shares."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(int(kib) for kib in re.findall(r"^Private_\w+: +(\d+) kB$", text, re.MULTILINE)) / 1024
+    """MiB that a process shares with no other and that are no file's content.
+
+    Pages of a mapped file are the system's cache, though Linux calls them private while only one process looks at them.
+    """
+    kib = 0
+    mapping = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (?P<inode>\d+).*\n(?P<fields>(?:[A-Z].*\n)+)", re.MULTILINE)
+    for match in mapping.finditer(Path(f"/proc/{pid}/smaps").read_text()):
+        if match["inode"] == "0":
+            kib += sum(int(value) for value in re.findall(r"^Private_\w+: +(\d+) kB$", match["fields"], re.MULTILINE))
+    return kib / 1024
