@@ -152,7 +152,7 @@ def parse_annotations(path: Path) -> tuple[CocoAnnotations, list[str]]:
         DataError: the file cannot be read, or is no annotation file at all.
     """
     content = load_json(path)
-    image_ids, category_ids = (integer_ids(content[table]) for table in ("images", "categories"))
+    listed_images, listed_categories = integer_ids(content["images"]), integer_ids(content["categories"])
     rules = {
         "images": {
             "id": (unseen(is_integer), "an integer of at most 15 digits that no earlier image has"),
@@ -166,8 +166,8 @@ def parse_annotations(path: Path) -> tuple[CocoAnnotations, list[str]]:
         },
         "annotations": {
             "id": (unseen(is_annotation_id), "an integer that no earlier one has, and not 0, COCO's mark for no match"),
-            "image_id": (lambda value: is_integer(value) and value in image_ids, "the id of one of the images"),
-            "category_id": (lambda value: is_integer(value) and value in category_ids, "the id of a category"),
+            "image_id": (lambda value: is_integer(value) and value in listed_images, "the id of one of the images"),
+            "category_id": (lambda value: is_integer(value) and value in listed_categories, "the id of a category"),
             "bbox": (is_box, "x, y, width and height: four finite numbers, and no negative size"),
             "area": (is_area_or_missing, "a finite number that is not negative"),
             "iscrowd": (is_flag_or_missing, "0 or 1"),
@@ -178,7 +178,7 @@ def parse_annotations(path: Path) -> tuple[CocoAnnotations, list[str]]:
         valid[table], found = valid_entries(content[table], rules[table])
         faults += [f"{path}: {SINGULAR[table]} {fault}" for fault in found]
     if faults:  # what belongs to a faulty image or category goes with it
-        image_ids, category_ids = (integer_ids(valid[table]) for table in ("images", "categories"))
+        image_ids, category_ids = integer_ids(valid["images"]), integer_ids(valid["categories"])
         valid["annotations"] = [
             one for one in valid["annotations"] if one["image_id"] in image_ids and one["category_id"] in category_ids
         ]
@@ -191,8 +191,8 @@ def to_arrays(path: Path, images: list[dict], categories: list[dict], annotation
     rows = np.array([row_of[one["image_id"]] for one in annotations], dtype=np.int64)
     order = np.argsort(rows, kind="stable")
 
-    def column(key: str, dtype: type, default=None) -> ndarray:
-        return np.array([one.get(key, default) for one in annotations], dtype=dtype)[order]
+    def column(key: str, dtype: type) -> ndarray:
+        return np.array([one.get(key) for one in annotations], dtype=dtype)[order]
 
     boxes = column("bbox", np.float64).reshape(-1, 4)
     areas, is_crowd = column("area", np.float64), column("iscrowd", np.float64)  # nan where missing
