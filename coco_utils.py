@@ -201,7 +201,7 @@ class CocoEvalDataset(Dataset):
             "image": self.preset(image),
             "fault": fault,
             "image_id": int(self.annotations.image_ids[row]),
-            "size": torch.from_numpy(self.annotations.sizes[row]),
+            "size": torch.tensor(self.annotations.sizes[row]),
         }
 
 
