@@ -23,6 +23,7 @@ FIXED_FLAGS = (
     "model",
     "seed",
     "batch_size",
+    "accumulate",
     "world_size",
     "opt",
     "momentum",
@@ -40,21 +41,33 @@ class TrainingState:
     lr_scheduler: LambdaLR
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
+    accumulate: int = 1
     evaluated_step: int = 0
     best_ap: float = -1.0
+    num_parts: int = 0  # batches whose gradients the next step has so far
 
     @property
     def global_step(self) -> int:
         """Steps done since the start of training."""
         return self.lr_scheduler.last_epoch
 
-    def update(self, loss: Tensor) -> None:
-        """One step down the gradient of ``loss``."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+    @property
+    def completes_step(self) -> bool:
+        """Whether the next batch is the last of a step."""
+        return self.num_parts + 1 == self.accumulate
+
+    def add_gradients(self, loss: Tensor) -> None:
+        """Adds those of the loss of a batch, which counts as one of ``accumulate``."""
+        self.scaler.scale(loss / self.accumulate).backward()
+        self.num_parts += 1
+
+    def update(self) -> None:
+        """One step down the gradients."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
+        self.num_parts = 0
 
     def state_dict(self) -> dict:
         """Tensors and plain data. ``epoch`` is the last complete one, as in torchvision; ``step`` counts since then."""
@@ -142,7 +155,7 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
     if args.trainable_backbone_layers is None:
         args.trainable_backbone_layers = checkpoint["args"]["trainable_backbone_layers"]
     for name in FIXED_FLAGS:
-        old, new = checkpoint["args"][name], getattr(args, name)
+        old, new = ({"accumulate": 1} | checkpoint["args"])[name], getattr(args, name)
         if old != new:
             setting = "number of processes" if name == "world_size" else "--" + name.replace("_", "-")
             raise ValueError(f"{path}: was made with {setting} {old}, this run has {new}; they must agree")

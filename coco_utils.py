@@ -209,23 +209,27 @@ class EpochBatchSampler(Sampler):
     """This rank's batches of ``(epoch, index)`` keys. Incomplete batches at the end of an epoch are dropped.
 
     The order of an epoch depends on the seed and the epoch alone, and a step's global batch on nothing else but its
-    size. ``select`` says which epoch comes next, and which of its steps.
+    size: it is ``world_size`` times ``accumulate`` batches, of which each rank has ``accumulate`` in a row. ``select``
+    says which epoch comes next, and which of its steps.
 
     Raises:
         DataError: the data set is smaller than one global batch.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1
+    ):
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.steps_per_epoch = num_images // (batch_size * world_size)
+        self.accumulate = accumulate
+        self.steps_per_epoch = num_images // (batch_size * world_size * accumulate)
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"{num_images} training images do not fill one batch of {batch_size} on {world_size} process(es): "
-                "lower --batch-size"
+                f"{num_images} training images do not fill {accumulate} batch(es) of {batch_size} on {world_size} "
+                "process(es): lower --batch-size or --accumulate"
             )
         self.select(epoch=0)
 
@@ -236,13 +240,14 @@ class EpochBatchSampler(Sampler):
         self.last_step = self.steps_per_epoch if last_step is None else min(last_step, self.steps_per_epoch)
 
     def __len__(self) -> int:
-        return self.last_step - self.first_step
+        return (self.last_step - self.first_step) * self.accumulate
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
         for step in range(self.first_step, self.last_step):
-            start = (step * self.world_size + self.rank) * self.batch_size
-            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+            for part in range(self.accumulate):
+                start = ((step * self.world_size + self.rank) * self.accumulate + part) * self.batch_size
+                yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
 def collate(samples: list[dict]) -> dict:

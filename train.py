@@ -57,13 +57,17 @@ def train_one_epoch(
     for batch in log.watch(loader):
         batch = utils.to_device(batch, device)
         images = preset.on_device(batch)
-        with autocast:
-            outputs = forward(images)
-        losses = state.model.compute_loss(outputs, batch["boxes"], batch["labels"])
-        lr = state.optimizer.param_groups[0]["lr"]
-        state.update(sum(losses.values()))
-        log.update(losses, lr)
-        after_step(log)
+        with utils.averaging_gradients(forward, enabled=state.completes_step):
+            with autocast:
+                outputs = forward(images)
+            losses = state.model.compute_loss(outputs, batch["boxes"], batch["labels"])
+            state.add_gradients(sum(losses.values()))
+        log.add(losses)
+        if state.num_parts == state.accumulate:
+            lr = state.optimizer.param_groups[0]["lr"]
+            state.update()
+            log.update(lr)
+            after_step(log)
 
 
 def lr_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
@@ -175,7 +179,8 @@ def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoA
     log.info(f"Evaluating on {len(val.image_ids)} images ({val.path}) with {len(val.boxes)} boxes")
     names = list(train.categories.values())
     log.info(f"Classes ({len(names)}): {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
-    global_batch = f"{args.batch_size * args.world_size} ({args.world_size} x {args.batch_size} images)"
+    parts = f"{args.world_size} x {args.batch_size} images" + (f" x {args.accumulate}" if args.accumulate > 1 else "")
+    global_batch = f"{args.batch_size * args.world_size * args.accumulate} ({parts})"
     log.info(
         f"Learning rate {args.lr:g} for a global batch of {global_batch}; "
         f"the recipe {args.recipe} is tuned for {args.tuned_for_batch}"
@@ -211,6 +216,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--epochs", type=evaluate.positive, help="default: %(default)s")
     optimization.add_argument("--max-steps", type=evaluate.positive, help="stop after this many steps of the whole run")
+    optimization.add_argument(
+        "--accumulate", type=evaluate.positive, default=1, help="batches of a process per step (default: %(default)s)"
+    )
     optimization.add_argument("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
     optimization.add_argument("--lr", type=float, help="for the global batch; not scaled (default: %(default)s)")
     optimization.add_argument("--momentum", type=float, help="default: %(default)s")
@@ -270,7 +278,9 @@ def main(args: argparse.Namespace) -> None:
     args.trainable_backbone_layers = model.backbone.trainable_layers
     preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
     dataset = make_dataset(args, train_annotations, train_images, preset)
-    sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size())
+    sampler = EpochBatchSampler(
+        len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size(), args.accumulate
+    )
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -285,7 +295,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = make_optimizer(args, model)
     lr_scheduler = LambdaLR(optimizer, lr_schedule(args, sampler.steps_per_epoch))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch)
+    state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch, args.accumulate)
     checkpoints.begin_or_continue(args, state, checkpoint, dataset)
     output_dir = Path(args.output_dir)
     last_steps = {"train": state.global_step, "skipped": state.global_step, "val": state.evaluated_step}
@@ -330,7 +340,7 @@ def main(args: argparse.Namespace) -> None:
             first_step=first_step,
             last_step=sampler.last_step,
             global_step=state.global_step,
-            images_per_step=args.batch_size * utils.world_size(),
+            images_per_step=args.batch_size * utils.world_size() * args.accumulate,
             print_freq=args.print_freq,
         )
         train_one_epoch(state, forward, loader, preset, autocast, step_log, after_step)

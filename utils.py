@@ -139,6 +139,11 @@ def distribute(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model) if dist.is_initialized() else model
 
 
+def averaging_gradients(forward: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+    """Where backward passes average the gradients over the processes; if not ``enabled``, a later one will."""
+    return contextlib.nullcontext() if enabled or not dist.is_initialized() else forward.no_sync()
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Gives every process the main one's buffers. Batch norm's differ between them: each has seen its own batches."""
     if dist.is_initialized():
@@ -339,6 +344,7 @@ class StepLog:
         """Begins to gather for the next line."""
         self.window_start = time.perf_counter()
         self.window_steps = 0
+        self.window_batches = 0
         self.window_losses: dict[str, Tensor] = {}
         self.window_faults: list[str] = []
         self.wait_time = 0.0
@@ -356,10 +362,14 @@ class StepLog:
             self.window_faults += filter(None, batch.pop("fault"))
             yield batch
 
-    def update(self, losses: dict[str, Tensor], lr: float) -> None:
-        """Takes the losses of a step, and writes a line if one is due."""
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Takes the losses of a batch."""
+        self.window_batches += 1
         for name, loss in {"loss": sum(losses.values()), **losses}.items():
             self.window_losses[name] = self.window_losses.get(name, 0) + loss.detach()
+
+    def update(self, lr: float) -> None:
+        """Takes note of a step, and writes a line if one is due."""
         self.step += 1
         self.global_step += 1
         self.window_steps += 1
@@ -381,8 +391,8 @@ class StepLog:
         self.window_faults = []
 
     def read_losses(self) -> dict[str, float]:
-        """Means of the losses since the last line, over steps and processes."""
-        means = mean_over_processes(torch.stack(list(self.window_losses.values())) / self.window_steps).tolist()
+        """Means of the losses since the last line, over batches and processes."""
+        means = mean_over_processes(torch.stack(list(self.window_losses.values())) / self.window_batches).tolist()
         means = dict(zip(self.window_losses, means, strict=True))
         for name, value in means.items():
             if not math.isfinite(value):

@@ -97,8 +97,23 @@ def test_order_of_an_epoch():
 
 
 def test_too_few_images_for_a_batch():
-    with pytest.raises(DataError, match=r"7 training images do not fill one batch of 4 on 2 process.*--batch-size"):
+    with pytest.raises(DataError, match=r"7 training images do not fill 1 batch\(es\) of 4 on 2 process.*--batch-size"):
         EpochBatchSampler(7, 4, 0, 0, 2)
+    with pytest.raises(DataError, match=r"7 training images do not fill 2 batch\(es\) of 4 on 1 .*--accumulate"):
+        EpochBatchSampler(7, 4, 0, accumulate=2)
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 8), (2, 4), (4, 2)])
+def test_fewer_processes_that_accumulate_share_the_same_steps(world_size, accumulate):
+    eight = [EpochBatchSampler(50, 2, 3, rank, 8) for rank in range(8)]
+    fewer = [EpochBatchSampler(50, 2, 3, rank, world_size, accumulate) for rank in range(world_size)]
+    for sampler in (*eight, *fewer):
+        sampler.select(1, first_step=1)
+    assert [sampler.steps_per_epoch for sampler in fewer] == [3] * world_size
+    assert all(len(list(sampler)) == len(sampler) == 2 * accumulate for sampler in fewer)
+    parts = [list(sampler) for sampler in fewer]
+    steps = [[b for own in parts for b in own[n * accumulate : (n + 1) * accumulate]] for n in range(2)]
+    assert steps == [list(batches) for batches in zip(*eight, strict=True)]
 
 
 def test_evaluation_serves_every_image_of_a_share(data_path):

@@ -34,7 +34,8 @@ def make_step_log(tmp_path, **settings) -> tuple[utils.RunLog, utils.StepLog]:
 def test_log_lines_hold_means_and_come_at_the_right_steps(tmp_path, capsys):
     log, steps = make_step_log(tmp_path)
     for value in (1.0, 3.0, 5.0, 7.0, 9.0):
-        steps.update({"bbox_regression": torch.tensor(value), "classification": torch.tensor(1.0)}, lr=0.01)
+        steps.add({"bbox_regression": torch.tensor(value), "classification": torch.tensor(1.0)})
+        steps.update(lr=0.01)
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["bbox_regression"], line["loss"]) for line in lines] == [
@@ -50,7 +51,8 @@ def test_log_lines_hold_means_and_come_at_the_right_steps(tmp_path, capsys):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_found_between_lines(tmp_path, value):
     log, steps = make_step_log(tmp_path, print_freq=100)
-    steps.update({"classification": torch.tensor(value), "bbox_regression": torch.tensor(1.0)}, lr=0.01)
+    steps.add({"classification": torch.tensor(value), "bbox_regression": torch.tensor(1.0)})
+    steps.update(lr=0.01)
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in epoch 2"):
         steps.before_checkpoint()
     log.close()
@@ -78,10 +80,22 @@ def test_watch_yields_everything_and_counts_the_wait(tmp_path):
     log.close()
 
 
+def test_a_step_of_several_batches_logs_their_mean(tmp_path):
+    log, steps = make_step_log(tmp_path, print_freq=1)
+    for values in ((1.0, 3.0), (10.0, 20.0)):
+        for value in values:
+            steps.add({"classification": torch.tensor(value)})
+        steps.update(lr=0.1)
+    log.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["loss"]) for record in records] == [(11, 2.0), (12, 15.0)]
+
+
 def test_skipped_samples_are_counted_and_each_fault_is_named_once(tmp_path, capsys):
     log, steps = make_step_log(tmp_path)
     for _ in steps.watch([{"fault": [fault, ""]} for fault in ("a is bad", "b is bad", "a is bad", "")]):
-        steps.update({"loss": torch.tensor(1.0)}, lr=0.1)
+        steps.add({"loss": torch.tensor(1.0)})
+        steps.update(lr=0.1)
     assert log.num_skipped == 3
     log.close()
     assert [line for line in capsys.readouterr().out.splitlines() if "Skipped" in line] == [
