@@ -155,6 +155,7 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
     if args.trainable_backbone_layers is None:
         args.trainable_backbone_layers = checkpoint["args"]["trainable_backbone_layers"]
     for name in FIXED_FLAGS:
+        # the first checkpoints do not tell --accumulate, which did not exist
         old, new = ({"accumulate": 1} | checkpoint["args"])[name], getattr(args, name)
         if old != new:
             setting = "number of processes" if name == "world_size" else "--" + name.replace("_", "-")

@@ -106,19 +106,14 @@ def read_annotations(path: str | Path, index_dir: str | Path | None = None) -> C
         DataError: the file is missing or not in COCO's format, or its content contradicts itself.
     """
     path = Path(path)
-    if index_dir is None:
-        annotations, faults = parse_annotations(path)
-    else:
-        index = index_path(path, Path(index_dir))
-        if (annotations := open_index(index, path)) is not None:
-            return annotations
-        annotations, faults = parse_annotations(path)
-        if not faults:
-            annotations = write_index(annotations, index)
+    index = None if index_dir is None else index_path(path, Path(index_dir))
+    if index is not None and (annotations := open_index(index, path)) is not None:
+        return annotations
+    annotations, faults = parse_annotations(path)
     if faults:
         others = f" (and {len(faults) - 1} more faults; train.py --check-data lists them)" if len(faults) > 1 else ""
         raise DataError(faults[0] + others)
-    return annotations
+    return annotations if index is None else write_index(annotations, index)
 
 
 def load_json(path: Path) -> dict:

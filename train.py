@@ -57,13 +57,14 @@ def train_one_epoch(
     for batch in log.watch(loader):
         batch = utils.to_device(batch, device)
         images = preset.on_device(batch)
-        with utils.averaging_gradients(forward, enabled=state.completes_step):
+        completes_step = state.completes_step
+        with utils.averaging_gradients(forward, enabled=completes_step):
             with autocast:
                 outputs = forward(images)
             losses = state.model.compute_loss(outputs, batch["boxes"], batch["labels"])
             state.add_gradients(sum(losses.values()))
         log.add(losses)
-        if state.num_parts == state.accumulate:
+        if completes_step:
             lr = state.optimizer.param_groups[0]["lr"]
             state.update()
             log.update(lr)
