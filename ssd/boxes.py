@@ -13,17 +13,21 @@ def box_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
+@torch.no_grad()
 def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of every box of ``boxes1`` [..., N, 4] with every box of ``boxes2`` [..., M, 4].
 
-    Leading dimensions broadcast, so a padded batch needs no loop. Returns [..., N, M]; a pair without any area gives 0.
+    Leading dimensions broadcast, so a padded batch needs no loop. Returns [..., N, M], which takes no gradients; a pair
+    without any area gives 0.
     """
-    top_left = torch.maximum(boxes1[..., :, None, :2], boxes2[..., None, :, :2])
-    bottom_right = torch.minimum(boxes1[..., :, None, 2:], boxes2[..., None, :, 2:])
-    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
-    intersection = width * height  # [..., N, M]
-    union = box_area(boxes1)[..., :, None] + box_area(boxes2)[..., None, :] - intersection
-    return torch.where(union > 0, intersection / union, 0)
+    # The time goes into passes over [..., N, M]: few of them, in place, along coordinates that lie side by side.
+    x1, y1, x2, y2 = boxes1[..., None].unbind(-2)  # [..., N, 1]
+    other_x1, other_y1, other_x2, other_y2 = boxes2.mT.contiguous()[..., None, :].unbind(-3)  # [..., 1, M]
+    width = torch.minimum(x2, other_x2).sub_(torch.maximum(x1, other_x1)).clamp_(min=0)
+    height = torch.minimum(y2, other_y2).sub_(torch.maximum(y1, other_y1)).clamp_(min=0)
+    intersection = width.mul_(height)
+    union = (box_area(boxes1)[..., :, None] + box_area(boxes2)[..., None, :]).sub_(intersection)
+    return intersection.div_(union.clamp_(min=torch.finfo(union.dtype).tiny))
 
 
 class BoxCoder:

@@ -17,18 +17,19 @@ class SSDMatcher:
     """
 
     def __init__(self, iou_threshold: float = 0.5):
+        if not 0 < iou_threshold <= 1:
+            raise ValueError(f"the IoU threshold of matching must be over 0 and at most 1, got {iou_threshold}")
         self.iou_threshold = iou_threshold
 
     def __call__(self, iou: Tensor, is_object: Tensor) -> Tensor:
         """
         Args:
-            iou: [B, G, A], G >= 1.
-            is_object: bool [B, G], False for the empty slots of the padding.
+            iou: [B, G, A], G >= 1; 0 for the empty slots of the padding.
+            is_object: bool [B, G], False for those.
 
         Returns:
             int64 [B, A]: the ground-truth slot of each default box, or ``UNMATCHED``.
         """
-        iou = iou.masked_fill(~is_object[..., None], -1)
         best_iou, best_slot = iou.max(dim=1)  # [B, A]
         matches = best_slot.masked_fill(best_iou < self.iou_threshold, UNMATCHED)
 

@@ -89,6 +89,14 @@ class SSD(nn.Module):
         normalized = (images.float() - self.image_mean) / self.image_std
         return self.head(self.backbone(normalized))
 
+    def match(self, boxes: Tensor, is_object: Tensor) -> Tensor:
+        """The ground-truth slot of each default box, int64 [B, A], see ``SSDMatcher``."""
+        boxes = boxes.masked_fill(~is_object[..., None], 0)  # which overlap with nothing
+        # The cache of a CPU holds the IoUs of one image, not those of a batch; a GPU prefers few and large operations.
+        images_at_a_time = 1 if boxes.device.type == "cpu" else len(boxes)
+        parts = zip(boxes.split(images_at_a_time), is_object.split(images_at_a_time), strict=True)
+        return torch.cat([self.matcher(pairwise_iou(part, self.default_boxes), mask) for part, mask in parts])
+
     def compute_loss(self, outputs: dict[str, Tensor], boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The MultiBox loss (paper equation 1 with alpha = 1), in float32 and without data-dependent shapes.
 
@@ -104,7 +112,7 @@ class SSD(nn.Module):
         """
         if boxes.shape[1] == 0:
             boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1))
-        matches = self.matcher(pairwise_iou(boxes, self.default_boxes), labels > 0)  # [B, A]
+        matches = self.match(boxes, labels > 0)  # [B, A]
         positive = matches >= 0
         num_positives = positive.sum(dim=1, keepdim=True)  # [B, 1]
         slots = matches.clamp(min=0)

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torchvision.models.detection._utils import SSDMatcher as TorchvisionMatcher
 
@@ -17,11 +18,11 @@ def test_the_last_of_two_objects_takes_a_shared_best_box():
 
 
 def test_empty_slots_match_nothing():
-    iou = torch.rand(2, 3, 9)
-    is_object = torch.tensor([[True, False, False], [False, False, False]])
+    is_object = torch.tensor([[False, True, False], [False, False, False]])
+    iou = torch.rand(2, 3, 9) * is_object[..., None]
+    iou[0, 1, 4] = 1
     matches = SSDMatcher(0.5)(iou, is_object)
-    assert set(matches[0].tolist()) <= {0, UNMATCHED}
-    assert (matches[0] == 0).any()
+    assert set(matches[0].tolist()) == {1, UNMATCHED}
     assert (matches[1] == UNMATCHED).all()
 
 
@@ -37,3 +38,9 @@ def test_equal_to_torchvision_with_shared_boxes_and_ties():
         is_object = torch.arange(num_objects + 2)[None] < num_objects
         assert torch.equal(SSDMatcher(0.5)(padded, is_object)[0], TorchvisionMatcher(0.5)(iou))
     assert shared > 100
+
+
+@pytest.mark.parametrize("threshold", [0, -0.5, 1.5])
+def test_a_threshold_that_every_or_no_box_reaches_is_an_error(threshold):
+    with pytest.raises(ValueError, match="over 0 and at most 1"):
+        SSDMatcher(threshold)
