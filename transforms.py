@@ -208,8 +208,13 @@ def blend(first: Tensor, second: Tensor, second_weight: Tensor) -> Tensor:
 def fill_uncovered(images: Tensor, coverage: Tensor) -> Tensor:
     """Blends [B, 3, S, S] with ``FILL`` where ``coverage`` [B, 2, S], of rows and columns, is below 1."""
     share = coverage[:, 0, None, :, None] * coverage[:, 1, None, None, :]  # [B, 1, S, S]
-    fill = images.new_tensor(FILL).view(3, 1, 1)
+    fill = channel_constants(FILL, images.device)
     return fill + share * (images - fill)
+
+
+def channel_constants(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """float32 [3, 1, 1], filled on the device: for a copy from the host's memory the host would have to wait."""
+    return torch.cat([torch.full((1, 1, 1), float(value), device=device) for value in values])
 
 
 class RandomPhotometricDistort:
@@ -280,7 +285,7 @@ def shift_hue(images: Tensor, shift: Tensor | float) -> Tensor:
         (green - blue) / divisor,
         torch.where(green == value.squeeze(1), 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     ).unsqueeze(1)  # in sixths of a turn
-    distance = (hue + 6 * shift + hue.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1)) % 6  # [B, 3, H, W]
+    distance = (hue + 6 * shift + channel_constants((5, 3, 1), images.device)) % 6  # [B, 3, H, W]
     return value - chroma * torch.minimum(distance, 4 - distance).clamp(0, 1)
 
 
