@@ -46,6 +46,13 @@ class TrainingState:
     best_ap: float = -1.0
     num_parts: int = 0  # batches whose gradients the next step has so far
 
+    def __post_init__(self):
+        if self.accumulate > 1:
+            # To gradients that exist PyTorch adds. The first ones it takes over as they are, and where they lie in
+            # the memory of a CUDA graph (--compile reduce-overhead), the next batch would overwrite them.
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
     @property
     def global_step(self) -> int:
         """Steps done since the start of training."""
@@ -65,7 +72,7 @@ class TrainingState:
         """One step down the gradients."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.accumulate == 1)
         self.lr_scheduler.step()
         self.num_parts = 0
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler, default_collate
 
@@ -138,7 +139,9 @@ class CocoTrainDataset(Dataset):
         self.files = files
         objects_until = np.concatenate(([0], is_object(annotations).cumsum()))[annotations.offsets]
         self.num_boxes = int(objects_until[-1])
-        self.rows = np.flatnonzero(np.diff(objects_until))
+        boxes_per_image = np.diff(objects_until)
+        self.max_boxes = int(boxes_per_image.max(initial=0))
+        self.rows = np.flatnonzero(boxes_per_image)
         if len(self.rows) == 0:
             raise DataError(f"{annotations.path}: no image has a box to train on")
 
@@ -250,8 +253,16 @@ class EpochBatchSampler(Sampler):
                 yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
 
-def collate(samples: list[dict]) -> dict:
-    """Stacks samples; boxes and labels are padded to [B, G, 4] and [B, G], where label 0 marks an empty slot."""
-    padded = {key: [sample.pop(key) for sample in samples] for key in ("boxes", "labels") if key in samples[0]}
+def collate(samples: list[dict], num_slots: int = 0) -> dict:
+    """Stacks samples; boxes and labels are padded to [B, G, 4] and [B, G], where label 0 marks an empty slot.
+
+    G is the largest number of boxes, or ``num_slots`` if that is more: a constant number lets every batch have the
+    same shapes, so that a step is compiled once.
+    """
+    padded = {key: [sample.pop(key) for sample in samples] for key in ("boxes", "labels")}
     batch = default_collate(samples)
-    return batch | {key: pad_sequence(tensors, batch_first=True) for key, tensors in padded.items()}
+    for key, tensors in padded.items():
+        slots = pad_sequence(tensors, batch_first=True)
+        missing = max(num_slots - slots.shape[1], 0)
+        batch[key] = F.pad(slots, [0, 0] * (slots.dim() - 2) + [0, missing])
+    return batch

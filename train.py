@@ -13,10 +13,11 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -40,29 +41,41 @@ from shared_files import SharedFiles
 WARMUP_STEPS = 1000
 WARMUP_START = 1 / 1000
 NUM_LOGGED_IMAGES = 8
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+class BatchLosses(nn.Module):
+    """The way from a batch to its losses: one module, so that it is compiled and distributed as a whole."""
+
+    def __init__(self, model: ssd.SSD, preset: DetectionPresetTrain, autocast: AbstractContextManager):
+        super().__init__()
+        self.model = model
+        self.preset = preset
+        self.autocast = autocast
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of ``SSD.compute_loss``, and ``loss``, their sum."""
+        images = self.preset.on_device(batch)
+        with self.autocast:
+            outputs = self.model(images)
+        losses = self.model.compute_loss(outputs, batch["boxes"], batch["labels"])
+        return {"loss": sum(losses.values()), **losses}
 
 
 def train_one_epoch(
     state: TrainingState,
-    forward: nn.Module,
+    batch_losses: nn.Module,
     loader: DataLoader,
-    preset: DetectionPresetTrain,
-    autocast: AbstractContextManager,
     log: utils.StepLog,
     after_step: Callable[[utils.StepLog], None],
 ) -> None:
-    """Trains on every batch of ``loader``; ``forward`` is the model, wrapped for several processes where there are."""
+    """Trains on every batch of ``loader``; ``batch_losses`` is a ``BatchLosses`` or a wrapper of one."""
     state.model.train()
-    device = state.model.default_boxes.device
-    for batch in log.watch(loader):
-        batch = utils.to_device(batch, device)
-        images = preset.on_device(batch)
+    for batch in utils.on_device(log.watch(loader), state.model.default_boxes.device):
         completes_step = state.completes_step
-        with utils.averaging_gradients(forward, enabled=completes_step):
-            with autocast:
-                outputs = forward(images)
-            losses = state.model.compute_loss(outputs, batch["boxes"], batch["labels"])
-            state.add_gradients(sum(losses.values()))
+        with utils.averaging_gradients(batch_losses, enabled=completes_step):
+            losses = batch_losses(batch)
+            state.add_gradients(losses["loss"])
         log.add(losses)
         if completes_step:
             lr = state.optimizer.param_groups[0]["lr"]
@@ -117,9 +130,9 @@ def make_dataset(
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if args.opt == "adamw":
-        return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    nesterov = args.opt == "sgd_nesterov"
-    return torch.optim.SGD(parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=nesterov)
+        return torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
+    settings = {"weight_decay": args.weight_decay, "nesterov": args.opt == "sgd_nesterov", "fused": True}
+    return torch.optim.SGD(parameters, args.lr, args.momentum, **settings)
 
 
 def validate(
@@ -220,6 +233,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     optimization.add_argument(
         "--accumulate", type=evaluate.positive, default=1, help="batches of a process per step (default: %(default)s)"
     )
+    optimization.add_argument(
+        "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="with torch.compile, in this mode of its"
+    )
     optimization.add_argument("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
     optimization.add_argument("--lr", type=float, help="for the global batch; not scaled (default: %(default)s)")
     optimization.add_argument("--momentum", type=float, help="default: %(default)s")
@@ -268,6 +284,7 @@ def main(args: argparse.Namespace) -> None:
     args.world_size = utils.world_size()
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
+    torch.backends.cudnn.benchmark = not args.use_deterministic_algorithms
 
     train_annotations, train_images = evaluate.open_data(args, "train")
     val_annotations, val_images = evaluate.open_data(args, "val")
@@ -286,7 +303,7 @@ def main(args: argparse.Namespace) -> None:
         dataset,
         batch_sampler=sampler,
         num_workers=args.workers,
-        collate_fn=coco_utils.collate,
+        collate_fn=partial(coco_utils.collate, num_slots=dataset.max_boxes),
         pin_memory=device.type == "cuda",
         worker_init_fn=utils.keep_freed_memory,
         generator=torch.Generator(),  # see evaluate.evaluate
@@ -307,8 +324,10 @@ def main(args: argparse.Namespace) -> None:
     else:
         log.info(f"Continuing after {state.global_step} steps")
 
-    forward = utils.distribute(model)
-    autocast = evaluate.make_autocast(device, args.amp)
+    batch_losses = BatchLosses(model, preset, evaluate.make_autocast(device, args.amp))
+    if args.compile:
+        batch_losses.compile(mode=args.compile, fullgraph=True)
+    batch_losses = utils.distribute(batch_losses)
     last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
     origin = checkpoints.describe_origin(args, dataset)
 
@@ -344,7 +363,7 @@ def main(args: argparse.Namespace) -> None:
             images_per_step=args.batch_size * utils.world_size() * args.accumulate,
             print_freq=args.print_freq,
         )
-        train_one_epoch(state, forward, loader, preset, autocast, step_log, after_step)
+        train_one_epoch(state, batch_losses, loader, step_log, after_step)
         save("checkpoint.pth")
     if log.num_skipped:
         log.info(f"Skipped {log.num_skipped} samples, whose images could not be read")

@@ -6,6 +6,7 @@ The only room that knows ranks and process groups. Work for the main process alo
 import contextlib
 import ctypes
 import datetime
+import inspect
 import json
 import math
 import os
@@ -136,7 +137,12 @@ def gather_to_main(value) -> list | None:
 
 def distribute(model: nn.Module) -> nn.Module:
     """``model`` as it is to be called in training: with gradients averaged over the processes, if there are several."""
-    return DistributedDataParallel(model) if dist.is_initialized() else model
+    if not dist.is_initialized():
+        return model
+    # Buffers need not be equal in every step: ``broadcast_buffers`` sees to them before they matter.
+    is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    settings = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **settings)
 
 
 def averaging_gradients(forward: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
@@ -174,6 +180,31 @@ def to_device(batch: dict, device: torch.device) -> dict:
         key: to_device(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True)
         for key, value in batch.items()
     }
+
+
+def on_device(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
+    """Moves each batch to ``device``; on a GPU by a stream of its own, beside the computation of the step before."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield to_device(batch, device)
+        return
+    copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            batch = to_device(batch, device)
+        computation.wait_stream(copies)
+        for tensor in tensors_of(batch):
+            tensor.record_stream(computation)  # or its memory would be free for the next copy as soon as it is deleted
+        yield batch
+
+
+def tensors_of(batch: dict) -> Iterator[Tensor]:
+    """The tensors of a (nested) batch."""
+    for value in batch.values():
+        if isinstance(value, dict):
+            yield from tensors_of(value)
+        else:
+            yield value
 
 
 def keep_freed_memory(worker_id: int | None = None) -> None:
@@ -345,7 +376,7 @@ class StepLog:
         self.window_start = time.perf_counter()
         self.window_steps = 0
         self.window_batches = 0
-        self.window_losses: dict[str, Tensor] = {}
+        self.window_losses: Tensor | float = 0.0  # sums, in the order of self.names
         self.window_faults: list[str] = []
         self.wait_time = 0.0
 
@@ -363,10 +394,10 @@ class StepLog:
             yield batch
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Takes the losses of a batch."""
+        """Takes the losses of a batch, the same in each."""
+        self.names = list(losses)
         self.window_batches += 1
-        for name, loss in {"loss": sum(losses.values()), **losses}.items():
-            self.window_losses[name] = self.window_losses.get(name, 0) + loss.detach()
+        self.window_losses = self.window_losses + torch.stack([loss.detach() for loss in losses.values()])
 
     def update(self, lr: float) -> None:
         """Takes note of a step, and writes a line if one is due."""
@@ -392,8 +423,8 @@ class StepLog:
 
     def read_losses(self) -> dict[str, float]:
         """Means of the losses since the last line, over batches and processes."""
-        means = mean_over_processes(torch.stack(list(self.window_losses.values())) / self.window_batches).tolist()
-        means = dict(zip(self.window_losses, means, strict=True))
+        means = mean_over_processes(self.window_losses / self.window_batches).tolist()
+        means = dict(zip(self.names, means, strict=True))
         for name, value in means.items():
             if not math.isfinite(value):
                 raise FloatingPointError(

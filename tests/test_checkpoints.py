@@ -4,6 +4,21 @@ import pytest
 import torch
 
 import checkpoints
+from checkpoints import TrainingState
+
+
+class OneBuffer(torch.autograd.Function):
+    """``2 * x``, whose gradient lies in the same memory each time, as that of a CUDA graph does."""
+
+    buffer = torch.zeros(1, 3)
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return OneBuffer.buffer.copy_(2 * gradient).detach()  # a new tensor, which PyTorch may take over
 
 
 class Unsavable:
@@ -20,6 +35,20 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path):
     checkpoints.save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def test_gradients_are_added_also_where_they_come_in_the_same_memory():
+    model = torch.nn.Linear(3, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainingState(model, optimizer, schedule, scaler, steps_per_epoch=9, accumulate=2)
+    for _ in range(2):
+        before = model.weight.detach().clone()
+        for value in (1.0, 10.0):
+            state.add_gradients((OneBuffer.apply(model.weight) * value).sum())
+        state.update()
+        torch.testing.assert_close(before - model.weight.detach(), torch.full((1, 3), 11.0))
 
 
 def test_earlier_runs_are_set_aside_under_free_names(tmp_path, capsys):

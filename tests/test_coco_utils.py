@@ -35,7 +35,7 @@ def test_what_is_trained_on(write):
         )
     )
     assert len(dataset) == 1
-    assert dataset.num_boxes == 2
+    assert dataset.num_boxes == dataset.max_boxes == 2
     boxes, labels = dataset.objects(0)
     assert boxes.tolist() == [[0, 0, 20, 20], [90, 70, 100, 80]]
     assert labels.tolist() == [3, 7]
@@ -165,6 +165,16 @@ def test_tiny_images_pass_through_the_pipeline(tmp_path, write, size):
         covered = (sample["coverage"][0] > 0).nonzero().flatten(), (sample["coverage"][1] > 0).nonzero().flatten()
         if all(map(len, covered)):
             assert sample["image"][:, covered[0][0], covered[1][0]].tolist() == [10, 200, 30]
+
+
+@pytest.mark.parametrize(("num_slots", "expected"), [(0, 2), (1, 2), (2, 2), (5, 5)])
+def test_boxes_are_padded_to_the_slots_asked_for(num_slots, expected):
+    samples = [{"boxes": torch.ones(n, 4), "labels": torch.ones(n, dtype=torch.int64), "size": n} for n in (2, 0, 1)]
+    batch = coco_utils.collate(samples, num_slots)
+    assert batch["boxes"].shape == (3, expected, 4)
+    assert batch["labels"].sum(dim=1).tolist() == batch["boxes"][..., 3].sum(dim=1).tolist() == [2, 0, 1]
+    assert (batch["labels"][0, :2] == 1).all()
+    assert batch["size"].tolist() == [2, 0, 1]
 
 
 def test_skipping_serves_a_sample_without_objects(tmp_path, write):

@@ -34,7 +34,8 @@ def make_step_log(tmp_path, **settings) -> tuple[utils.RunLog, utils.StepLog]:
 def test_log_lines_hold_means_and_come_at_the_right_steps(tmp_path, capsys):
     log, steps = make_step_log(tmp_path)
     for value in (1.0, 3.0, 5.0, 7.0, 9.0):
-        steps.add({"bbox_regression": torch.tensor(value), "classification": torch.tensor(1.0)})
+        losses = {"bbox_regression": torch.tensor(value), "classification": torch.tensor(1.0)}
+        steps.add({"loss": sum(losses.values()), **losses})
         steps.update(lr=0.01)
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -51,7 +52,7 @@ def test_log_lines_hold_means_and_come_at_the_right_steps(tmp_path, capsys):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_found_between_lines(tmp_path, value):
     log, steps = make_step_log(tmp_path, print_freq=100)
-    steps.add({"classification": torch.tensor(value), "bbox_regression": torch.tensor(1.0)})
+    steps.add({"loss": torch.tensor(value), "bbox_regression": torch.tensor(1.0)})
     steps.update(lr=0.01)
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in epoch 2"):
         steps.before_checkpoint()
@@ -84,7 +85,7 @@ def test_a_step_of_several_batches_logs_their_mean(tmp_path):
     log, steps = make_step_log(tmp_path, print_freq=1)
     for values in ((1.0, 3.0), (10.0, 20.0)):
         for value in values:
-            steps.add({"classification": torch.tensor(value)})
+            steps.add({"loss": torch.tensor(value)})
         steps.update(lr=0.1)
     log.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

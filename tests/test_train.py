@@ -1,0 +1,105 @@
+"""The training step of train.py; test_scripts.py has the runs."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import coco_utils
+import presets
+import ssd
+import train
+import transforms
+import utils
+
+NUM_CLASSES = 5
+NUM_SLOTS = 6
+
+
+def make_batch(preset: presets.DetectionPresetTrain, num_boxes: tuple[int, ...] = (1, 4)) -> dict:
+    """An image of noise for each of ``num_boxes``, with so many objects."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for number in num_boxes:
+        corners = rng.uniform(0, 60, (number, 2))
+        boxes = np.concatenate((corners, corners + rng.uniform(20, 40, (number, 2))), axis=1).astype(np.float32)
+        image = rng.integers(0, 256, (100, 100, 4), dtype=np.uint8)
+        samples.append(preset(image, boxes, rng.integers(1, NUM_CLASSES, number), rng))
+    return coco_utils.collate(samples, NUM_SLOTS)
+
+
+def make_batch_losses(amp: bool = False) -> train.BatchLosses:
+    torch.manual_seed(0)
+    model = ssd.ssd300_resnet18(weights_backbone=None, num_classes=NUM_CLASSES).train()
+    model.to(memory_format=torch.channels_last)
+    preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=300)
+    return train.BatchLosses(model, preset, torch.autocast("cpu", torch.bfloat16, enabled=amp))
+
+
+def losses_and_gradients(batch_losses: train.BatchLosses, batch: dict) -> tuple[dict, dict]:
+    batch_losses.zero_grad()
+    losses = batch_losses(batch)
+    losses["loss"].backward()
+    return losses, {name: parameter.grad.clone() for name, parameter in batch_losses.model.named_parameters()}
+
+
+class StaysOnMeta(TorchDispatchMode):
+    """Lets no operation touch a tensor of the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.device.type == "meta" for tensor in tensors), f"{function} reads or writes the host's memory"
+        return result
+
+
+def run_step_on_meta() -> None:
+    batch_losses = make_batch_losses()
+    batch = utils.to_device(make_batch(batch_losses.preset), torch.device("meta"))
+    batch_losses.to("meta")
+    with StaysOnMeta():
+        batch_losses(batch)["loss"].backward()
+
+
+def test_a_step_never_makes_the_host_wait():
+    """Tensors without values show it: no value is read, and nothing is copied between host and device."""
+    run_step_on_meta()
+
+
+@pytest.mark.parametrize(
+    "constants", [lambda values, device: torch.tensor(values).view(3, 1, 1).to(device), lambda values, device: 1.0]
+)
+def test_the_check_for_waits_finds_copies(monkeypatch, constants):
+    monkeypatch.setattr(transforms, "channel_constants", constants)
+    is_copied = isinstance(constants((0, 1, 2), "cpu"), torch.Tensor)
+    with pytest.raises(AssertionError, match="host's memory") if is_copied else contextlib.nullcontext():
+        run_step_on_meta()
+
+
+def test_one_graph_serves_all_batches_with_the_losses_and_gradients_of_eager_mode():
+    """The numbers of boxes differ between batches; a second graph, or one in parts, is an error."""
+    batch_losses, compiled = make_batch_losses(), make_batch_losses()
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for num_boxes in ((1, 4), (NUM_SLOTS, 0)):
+            batch = make_batch(batch_losses.preset, num_boxes)
+            losses, gradients = losses_and_gradients(batch_losses, batch)
+            compiled_losses, compiled_gradients = losses_and_gradients(compiled, batch)
+            torch.testing.assert_close(compiled_losses, losses)
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_bf16_gives_the_losses_and_gradients_of_float32():
+    """Roughly, as the weights are random; benchmarks/precision.py compares each layer of a real VGG."""
+    plain, half = make_batch_losses(), make_batch_losses(amp=True)
+    batch = make_batch(plain.preset, (2, 3, 4, 5))
+    losses, gradients = losses_and_gradients(plain, batch)
+    half_losses, half_gradients = losses_and_gradients(half, batch)
+    torch.testing.assert_close(half_losses, losses, rtol=0.01, atol=0)
+    all_gradients = [torch.cat([one[name].flatten() for name in gradients]) for one in (gradients, half_gradients)]
+    assert F.cosine_similarity(*all_gradients, dim=0) > 0.98
