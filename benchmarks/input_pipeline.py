@@ -15,11 +15,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
@@ -29,7 +27,9 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from coco_like import draw_coco_like_data
 from memory import private_memory
+from turns import take_turns
 
 import coco_annotations
 import coco_utils
@@ -41,25 +41,6 @@ from coco_utils import CocoTrainDataset
 BATCH_SIZE = 8
 SIZE = 300
 SEED = 0
-
-
-def make_coco_like_data(root: Path, num_images: int) -> None:
-    """JPEG files of 640 x 480 pixels and about 125 kB, with seven boxes each, in COCO's layout."""
-    rng = np.random.default_rng(0)
-    (root / "train2017").mkdir(parents=True)
-    (root / "annotations").mkdir()
-    images, annotations = [], []
-    for image_id in range(1, num_images + 1):
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
-        pixels = (np.asarray(coarse) + rng.normal(0, 14, (480, 640, 3))).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(root / f"train2017/{image_id}.jpg", quality=88)
-        images.append({"id": image_id, "file_name": f"{image_id}.jpg", "width": 640, "height": 480})
-        for _ in range(7):
-            x, y = rng.uniform(0, 500), rng.uniform(0, 380)
-            bbox = [x, y, rng.uniform(10, 640 - x), rng.uniform(10, 480 - y)]
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": 1, "bbox": bbox})
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
-    (root / "annotations/instances_train2017.json").write_text(json.dumps(content))
 
 
 def open_data_set(root: Path) -> CocoTrainDataset:
@@ -125,36 +106,30 @@ VARIANTS = {
     "ours + device stage": (ours_with_device_stage, True),
 }
 
+one_pass: Callable[[CocoTrainDataset], None]  # of this process
+data: CocoTrainDataset
 
-def start_worker(keeps_memory: bool) -> None:
+
+def start(name: str, root: Path) -> None:
+    global one_pass, data
     torch.set_num_threads(1)
+    one_pass, keeps_memory = VARIANTS[name]
     if keeps_memory:
         utils.keep_freed_memory()
+    data = open_data_set(root)
 
 
-def seconds_of(name: str, root: Path) -> float:
+def measure() -> float:
     """Processor time of one pass over the data set."""
-    dataset = open_data_set(root)
-    start = time.process_time()
-    VARIANTS[name][0](dataset)
-    return time.process_time() - start
+    begin = time.process_time()
+    one_pass(data)
+    return time.process_time() - begin
 
 
 def measure_variants(root: Path, rounds: int) -> dict[str, float]:
     """Images per second and core of each variant."""
-    num_images = len(open_data_set(root))
-    context = multiprocessing.get_context("spawn")
-    pools = {
-        name: ProcessPoolExecutor(1, context, start_worker, (keeps_memory,))
-        for name, (_, keeps_memory) in VARIANTS.items()
-    }
-    seconds = {name: [] for name in VARIANTS}
-    for _ in range(rounds):
-        for name, pool in pools.items():
-            seconds[name].append(pool.submit(seconds_of, name, root).result())
-    for pool in pools.values():
-        pool.shutdown()
-    return {name: num_images / min(times) for name, times in seconds.items()}
+    seconds = take_turns(start, measure, {name: (name, root) for name in VARIANTS}, rounds)
+    return {name: len(open_data_set(root)) / min(times) for name, times in seconds.items()}
 
 
 def measure_loader(root: Path, workers: int, rounds: int) -> dict[str, float]:
@@ -189,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_path or Path(folder) / "data"
         if args.data_path is None:
-            make_coco_like_data(root, args.images)
+            draw_coco_like_data(root, args.images)
         rates = measure_variants(root, args.rounds)
         loader = measure_loader(root, args.workers, args.rounds)
     for name, rate in rates.items():

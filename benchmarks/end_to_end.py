@@ -1,0 +1,57 @@
+"""Training from files to weights: images per second of train.py, and how long its steps wait for images.
+
+    python benchmarks/end_to_end.py [--batch-size N] [--steps N] [any flag of train.py]
+    python benchmarks/end_to_end.py --batch-size 128 --workers 16 --amp --compile
+
+Draws JPEG files of COCO's size, and trains on them with train.py for one epoch, from memory (--cache ram). The second
+half of the steps counts. Waiting is the time that the process spends in the loader, of which a GPU that is still busy
+with earlier steps notices nothing. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from coco_like import draw_coco_like_data
+
+import evaluate
+
+ROOT = Path(__file__).parent.parent
+NUM_LINES = 10  # of the log, in half of the steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--batch-size", type=evaluate.positive, default=128 if on_gpu else 4)
+    parser.add_argument("--steps", type=evaluate.positive, default=400 if on_gpu else 20)
+    parser.add_argument("--files", type=evaluate.positive, default=500 if on_gpu else 50)
+    args, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data, output = Path(folder) / "data", Path(folder) / "out"
+        draw_coco_like_data(data, args.files, args.batch_size * args.steps)
+        train_annotations = data / "annotations/instances_train2017.json"
+        command = ["train.py", "--data-path", data, "--val-images", data / "train2017"]
+        command += ["--val-annotations", train_annotations, "--weights-backbone", "none", "--cache", "ram"]
+        command += ["--batch-size", args.batch_size, "--epochs", 1, "--eval-freq", 0, "--output-dir", output]
+        command += ["--print-freq", max(1, args.steps // (2 * NUM_LINES)), "--lr", 1e-4, *flags]
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    counted = [record for record in records if record["kind"] == "train" and record["step"] > args.steps / 2]
+    rate = args.batch_size / statistics.median(record["time"] for record in counted)
+    waiting = sum(record["data"] for record in counted) / sum(record["time"] for record in counted)
+    print(f"{rate:.1f} images/s; {100 * waiting:.1f} % of the time is spent in the loader")
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    print(json.dumps({"device": device, "flags": flags, "images/s": rate, "waiting": waiting}))
+
+
+if __name__ == "__main__":
+    main()
