@@ -326,6 +326,7 @@ def main(args: argparse.Namespace) -> None:
 
     batch_losses = BatchLosses(model, preset, evaluate.make_autocast(device, args.amp))
     if args.compile:
+        log.info("Compiling: the first step takes minutes")
         batch_losses.compile(mode=args.compile, fullgraph=True)
     batch_losses = utils.distribute(batch_losses)
     last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)

@@ -46,6 +46,7 @@ NUM_CLASSES = 91
 BOXES_PER_IMAGE = 7  # COCO's mean
 MAX_BOXES = 93  # COCO's largest number in an image of train2017
 LR = 1e-4
+STEPS_TO_ALLOCATE = 3
 # dense operations per second by the vendor's data sheet: bf16 and fp16, and TF32, which PyTorch's convolutions use
 PEAKS = {"H200": (989.4e12, 494.7e12), "H100": (989.4e12, 494.7e12), "A100": (312e12, 156e12)}
 
@@ -139,18 +140,23 @@ def start(kind: str, device_name: str, warm_up: int, *settings) -> None:
 
 def measure(num_steps: int) -> dict[str, float]:
     """Seconds of a step, the most memory so far, and on a GPU how often the host waited for it in a step."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run_steps(num_steps)
+        return {"seconds": (time.perf_counter() - begin) / num_steps, "MiB": utils.max_memory()}
+    run_steps(STEPS_TO_ALLOCATE)
+    torch.cuda.synchronize()
     begin = time.perf_counter()
     run_steps(num_steps)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     seconds = (time.perf_counter() - begin) / num_steps
-    return {"seconds": seconds, "MiB": utils.max_memory(), "waits": count_waits(num_steps)}
+    result = {"seconds": seconds, "MiB": utils.max_memory(), "waits": count_waits(num_steps)}
+    torch.cuda.empty_cache()  # for the other variants' processes
+    return result
 
 
-def count_waits(num_steps: int) -> float | None:
+def count_waits(num_steps: int) -> float:
     """Synchronisations of host and GPU per step, by PyTorch's own detector."""
-    if device.type != "cuda":
-        return None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -205,13 +211,14 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=list(ssd.MODELS), default="ssd300_vgg16")
     parser.add_argument("--batch-size", type=evaluate.positive, nargs="+", default=[32])
     parser.add_argument("--amp", nargs="?", const="bf16", choices=list(evaluate.AMP_DTYPES), help="measure this too")
-    parser.add_argument("--compile", nargs="*", choices=train.COMPILE_MODES, default=[], help="measure these too")
+    parser.add_argument("--compile", nargs="*", choices=train.COMPILE_MODES, help="measure these too")
     parser.add_argument("--peer", action="store_true", help="measure torchvision too; its model is ssd300_vgg16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=evaluate.positive, help="timed steps of a round (default: 50, on a CPU 1)")
     parser.add_argument("--rounds", type=evaluate.positive, default=3)
     parser.add_argument("--profile", action="store_true", help="list the operations that take the most time")
     args = parser.parse_args()
+    args.compile = [] if args.compile is None else args.compile or ["default"]
     on_gpu = args.device == "cuda"
     args.steps = args.steps or (50 if on_gpu else 1)
     args.warm_up = 30 if on_gpu else 1
@@ -228,7 +235,7 @@ def main() -> None:
         variants = list_variants(args, batch_size)
         rows = {}
         for name, rounds in take_turns(start, partial(measure, args.steps), variants, args.rounds).items():
-            row = {key: statistics.median(values) for key in rounds[0] if (values := [r[key] for r in rounds])[0]}
+            row = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
             row["images/s"] = batch_size / row["seconds"]
             peak = peak_of(gpu, is_half=name.split()[1] != "fp32")
             if peak:

@@ -184,7 +184,7 @@ def test_a_batch_without_boxes_has_zero_loss_and_zero_gradients(num_slots):
 
 def test_only_negatives_are_mined():
     """Where positives outnumber a quarter of the default boxes, none of them counts twice."""
-    model = small_model(iou_thresh=0.0)  # every default box matches
+    model = small_model(iou_thresh=1e-9)  # every default box matches
     outputs = {name: torch.randn(1, len(model.default_boxes), 4) for name in ("cls_logits", "bbox_regression")}
     box, label = torch.tensor([[[0.0, 0, 300, 300]]]), torch.tensor([[2]])
     classification = model.compute_loss(outputs, box, label)["classification"]

@@ -322,14 +322,14 @@ def test_fewer_processes_that_accumulate_take_the_same_steps(
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_processes_take_the_steps_of_plain_ones(run, data_path, tmp_path):
-    command = ["train.py", *SMALL[:-1], 2, "--data-path", data_path, "--eval-freq", 0, "--workers", 0, "--amp"]
+    command = ["train.py", *SMALL[:-1], 2, "--data-path", data_path, "--eval-freq", 0, "--workers", 0]
     command += ["--accumulate", 2, "--max-steps", 2, "--print-freq", 1]
     losses = []
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
         run(*command, *flags, "--output-dir", tmp_path / name, processes=2)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
-    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 BATCH_NORM_SCRIPT = """

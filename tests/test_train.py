@@ -80,9 +80,11 @@ def test_the_check_for_waits_finds_copies(monkeypatch, constants):
         run_step_on_meta()
 
 
-def test_one_graph_serves_all_batches_with_the_losses_and_gradients_of_eager_mode():
+@pytest.mark.parametrize("amp", [False, True])
+def test_one_graph_serves_all_batches_with_the_losses_and_gradients_of_eager_mode(amp):
     """The numbers of boxes differ between batches; a second graph, or one in parts, is an error."""
-    batch_losses, compiled = make_batch_losses(), make_batch_losses()
+    torch._dynamo.reset()
+    batch_losses, compiled = make_batch_losses(amp), make_batch_losses(amp)
     compiled.compile(backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for num_boxes in ((1, 4), (NUM_SLOTS, 0)):
