@@ -6,6 +6,7 @@ The only room that knows ranks and process groups. Work for the main process alo
 import contextlib
 import ctypes
 import datetime
+import functools
 import inspect
 import json
 import math
@@ -47,12 +48,12 @@ def init_distributed(device: str | None) -> torch.device:
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu")
-    if started_by_torchrun():
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank())
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
+        if started_by_torchrun() or device.index is None:
+            device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
+    if started_by_torchrun():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -182,13 +183,22 @@ def to_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-def on_device(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
-    """Moves each batch to ``device``; on a GPU by a stream of its own, beside the computation of the step before."""
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU for copies; always the same one, since each has a pool of memory for itself."""
+    return torch.cuda.Stream(device)
+
+
+def moved_batches(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
+    """Moves each batch to ``device``.
+
+    To a GPU a stream of its own copies them, while the steps that the host has queued before are still computed.
+    """
     if device.type != "cuda":
         for batch in batches:
             yield to_device(batch, device)
         return
-    copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copies, computation = copy_stream(device), torch.cuda.current_stream(device)
     for batch in batches:
         with torch.cuda.stream(copies):
             batch = to_device(batch, device)

@@ -51,6 +51,26 @@ def test_gradients_are_added_also_where_they_come_in_the_same_memory():
         torch.testing.assert_close(before - model.weight.detach(), torch.full((1, 3), 11.0))
 
 
+def make_state(fused: bool) -> TrainingState:
+    model = torch.nn.Linear(3, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, fused=fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return TrainingState(model, optimizer, schedule, torch.amp.GradScaler("cpu"), steps_per_epoch=9)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_resumed_run_computes_its_steps_in_its_own_way(fused):
+    """The checkpoint may be of another precision, where steps are fused or not."""
+    old, new = make_state(not fused), make_state(fused)
+    for state in (old, new):
+        state.add_gradients(state.model(torch.ones(3)).sum())
+        state.update()
+        new.load_state_dict(old.state_dict())
+    assert [group["fused"] for group in new.optimizer.param_groups] == [fused]
+    new.add_gradients(new.model(torch.ones(3)).sum())
+    new.update()
+
+
 def test_earlier_runs_are_set_aside_under_free_names(tmp_path, capsys):
     for name in ("previous-1", "pictures"):
         (tmp_path / name).mkdir()

@@ -15,6 +15,7 @@ import ssd
 import train
 import transforms
 import utils
+from checkpoints import TrainingState
 
 NUM_CLASSES = 5
 NUM_SLOTS = 6
@@ -65,7 +66,7 @@ def run_step_on_meta() -> None:
         batch_losses(batch)["loss"].backward()
 
 
-def test_a_step_never_makes_the_host_wait():
+def test_losses_and_gradients_never_make_the_host_wait():
     """Tensors without values show it: no value is read, and nothing is copied between host and device."""
     run_step_on_meta()
 
@@ -105,3 +106,20 @@ def test_bf16_gives_the_losses_and_gradients_of_float32():
     torch.testing.assert_close(half_losses, losses, rtol=0.01, atol=0)
     all_gradients = [torch.cat([one[name].flatten() for name in gradients]) for one in (gradients, half_gradients)]
     assert F.cosine_similarity(*all_gradients, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_first_step_that_overflows_in_fp16_leaves_nothing_behind(opt, monkeypatch):
+    """Memory that nobody has set must not become momentum."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(1e30))
+    model = torch.nn.Linear(1, 1, bias=False)
+    args = train.parse_args(["--opt", opt, "--amp", "fp16", "--lr", "0.1", "--weight-decay", "0", "--momentum", "0.9"])
+    optimizer = train.make_optimizer(args, model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler("cpu"), steps_per_epoch=9)
+    before = model.weight.item()
+    for factor in (float("inf"), 1.0):
+        state.add_gradients(factor * model.weight.sum())
+        state.update()
+    assert model.weight.item() == pytest.approx(before - 0.1)
