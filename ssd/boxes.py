@@ -17,8 +17,8 @@ def box_area(boxes: Tensor) -> Tensor:
 def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of every box of ``boxes1`` [..., N, 4] with every box of ``boxes2`` [..., M, 4].
 
-    Leading dimensions broadcast, so a padded batch needs no loop. Returns [..., N, M], which takes no gradients; a pair
-    without any area gives 0.
+    Boxes are float. Leading dimensions broadcast, so a padded batch needs no loop. Returns [..., N, M], which takes no
+    gradients; a pair without any area gives 0.
     """
     # The time goes into passes over [..., N, M]: few of them, in place, along coordinates that lie side by side.
     x1, y1, x2, y2 = boxes1[..., None].unbind(-2)  # [..., N, 1]

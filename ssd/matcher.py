@@ -13,7 +13,7 @@ class SSDMatcher:
     """Matches each default box with the object it overlaps most, if their IoU reaches the threshold.
 
     So that no object goes without a default box, each object then takes the default box that overlaps it most. Where
-    several objects want the same one, the last in order wins, as in torchvision; amax makes that hold on every device.
+    several objects want the same one, the last in order wins, as in torchvision; here on every device.
     """
 
     def __init__(self, iou_threshold: float = 0.5):
@@ -33,8 +33,13 @@ class SSDMatcher:
         best_iou, best_slot = iou.max(dim=1)  # [B, A]
         matches = best_slot.masked_fill(best_iou < self.iou_threshold, UNMATCHED)
 
+        num_slots, num_default_boxes = iou.shape[1:]
         best_default_box = iou.argmax(dim=2)  # [B, G]
-        slots = torch.arange(iou.shape[1], device=iou.device).expand_as(is_object)
-        slots = slots.masked_fill(~is_object, UNMATCHED)
-        forced = torch.full_like(matches, UNMATCHED).scatter_reduce(1, best_default_box, slots, reduce="amax")
-        return torch.where(forced == UNMATCHED, matches, forced)
+        wants_same = best_default_box[:, :, None] == best_default_box[:, None, :]  # [B, G, G]
+        is_later = torch.ones(num_slots, num_slots, dtype=torch.bool, device=iou.device).triu(diagonal=1)
+        yields = (wants_same & is_later & is_object[:, None, :]).any(dim=2) | ~is_object
+        # slots that yield write to a column beside the others, so that no two write to the same
+        column = best_default_box.masked_fill(yields, num_default_boxes)
+        slots = torch.arange(num_slots, device=iou.device).expand_as(column)
+        forced = torch.full((len(iou), num_default_boxes + 1), UNMATCHED, device=iou.device).scatter(1, column, slots)
+        return torch.where(forced[:, :-1] == UNMATCHED, matches, forced[:, :-1])

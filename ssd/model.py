@@ -92,8 +92,10 @@ class SSD(nn.Module):
     def match(self, boxes: Tensor, is_object: Tensor) -> Tensor:
         """The ground-truth slot of each default box, int64 [B, A], see ``SSDMatcher``."""
         boxes = boxes.masked_fill(~is_object[..., None], 0)  # which overlap with nothing
-        # The cache of a CPU holds the IoUs of one image, not those of a batch; a GPU prefers few and large operations.
-        images_at_a_time = 1 if boxes.device.type == "cpu" else len(boxes)
+        # The cache of a CPU holds the IoUs of one image, not those of a batch; a GPU prefers few and large operations,
+        # a compiler few of any size.
+        one_by_one = boxes.device.type == "cpu" and not torch.compiler.is_compiling()
+        images_at_a_time = 1 if one_by_one else len(boxes)
         parts = zip(boxes.split(images_at_a_time), is_object.split(images_at_a_time), strict=True)
         return torch.cat([self.matcher(pairwise_iou(part, self.default_boxes), mask) for part, mask in parts])
 

@@ -164,12 +164,24 @@ def test_losses_equal_the_naive_loop():
     assert {name: float(value) for name, value in losses.items()} == pytest.approx(expected, rel=1e-5)
 
 
-def test_padding_does_not_change_the_loss(pair):
+@pytest.mark.parametrize("content", [(0, 0, 0, 0), (20, 30, 150, 160), (math.nan,) * 4, (math.inf, -math.inf, 0, 1)])
+def test_padding_does_not_change_the_loss(pair, content):
+    """Whatever it holds."""
     ours, _ = pair
     generator = torch.Generator().manual_seed(4)
     targets, outputs = random_targets(generator), random_outputs(4, generator)
-    losses, padded = ours.compute_loss(outputs, *pad(targets)), ours.compute_loss(outputs, *pad(targets, spare_slots=9))
+    losses = ours.compute_loss(outputs, *pad(targets))
+    boxes, labels = pad(targets, spare_slots=9)
+    boxes[labels == 0] = torch.tensor(content, dtype=torch.float32)
+    padded = ours.compute_loss(outputs, boxes, labels)
     assert all(torch.equal(losses[name], padded[name]) for name in losses)
+
+
+def test_images_are_matched_alike_one_by_one_and_together(pair):
+    ours, _ = pair
+    boxes, labels = pad(random_targets(torch.Generator().manual_seed(5)))
+    together = ours.matcher(ssd.pairwise_iou(boxes, ours.default_boxes), labels > 0)
+    assert torch.equal(ours.match(boxes, labels > 0), together)
 
 
 @pytest.mark.parametrize("num_slots", [0, 1, 3])
