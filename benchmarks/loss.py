@@ -2,7 +2,8 @@
 
     python benchmarks/loss.py [--batch-size N] [--device cpu|cuda] [--rounds N]
 
-Images have 8 to 90 boxes; ours gets them padded to as many slots as the image with most boxes needs. Each variant has a
+Images have 8 to 90 boxes, a hard case (COCO has 7 on average); ours gets them padded to as many slots as the image with
+most boxes needs. Each variant has a
 process of its own; they take turns, and the fastest round counts. The last line is one JSON object.
 """
 
@@ -86,7 +87,8 @@ def start(name: str, device_name: str, batch_size: int) -> None:
     step()
 
 
-def step() -> float:
+def step() -> Tensor:
+    """The loss of one forward and backward pass."""
     loss = sum(losses_of_variant().values())
     loss.backward()
     for prediction in predictions:

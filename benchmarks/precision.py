@@ -1,4 +1,4 @@
-"""Mixed precision and compilation against plain float32: one batch's losses and gradients, and curves of the loss.
+"""Mixed precision and compilation against plain float32: losses and gradients of two batches, and curves of the loss.
 
     python benchmarks/precision.py --data-path DIR --weights-backbone FILE [--steps 200]
 
@@ -50,7 +50,7 @@ def losses_and_gradients(
     scaler = torch.amp.GradScaler(args.device, enabled=False)
     state = TrainingState(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, 1, accumulate=len(batches))
     losses = []
-    for _ in range(3 if mode else 1):  # a CUDA graph is recorded in the second round and replayed in the third
+    for _ in range(2 if mode else 1):  # a CUDA graph is recorded in the first round and replayed in the second
         optimizer.zero_grad(set_to_none=False)
         for batch in batches:
             loss = batch_losses(utils.to_device(batch, torch.device(args.device)))["loss"]
@@ -84,6 +84,7 @@ def compare_one_step(args: argparse.Namespace) -> dict[str, dict]:
         torch.manual_seed(0)
         return losses_and_gradients(training_args, batches, annotations.num_classes, amp, mode)
 
+    torch.backends.cudnn.allow_tf32 = False
     modes = ["default", *(["reduce-overhead"] if args.device == "cuda" else [])]
     expected_losses, expected = run(None, None)
     report = {}
@@ -139,6 +140,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.0005)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if 0 < args.steps < 2 * SMOOTHING:
+        parser.error(f"--steps: at least {2 * SMOOTHING}, since curves are smoothed over {SMOOTHING} steps")
     report = {"device": args.device, "one_step": compare_one_step(args)}
     if args.steps:
         report["distances"] = compare_curves(args)

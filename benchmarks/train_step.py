@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -48,7 +49,14 @@ MAX_BOXES = 93  # COCO's largest number in an image of train2017
 LR = 1e-4
 STEPS_TO_ALLOCATE = 3
 # dense operations per second by the vendor's data sheet: bf16 and fp16, and TF32, which PyTorch's convolutions use
-PEAKS = {"H200": (989.4e12, 494.7e12), "H100": (989.4e12, 494.7e12), "A100": (312e12, 156e12)}
+PEAKS = {
+    "H200 NVL": (835e12, 418e12),
+    "H200": (989.4e12, 494.7e12),
+    "H100 NVL": (835e12, 418e12),
+    "H100 PCIe": (756e12, 378e12),
+    "H100": (989.4e12, 494.7e12),
+    "A100": (312e12, 156e12),
+}
 
 run_steps: Callable[[int], None]  # of this process: its variant
 device: torch.device
@@ -62,19 +70,21 @@ def make_batch(batch_size: int, size: int) -> dict:
     boxes, labels = torch.zeros(batch_size, MAX_BOXES, 4), torch.zeros(batch_size, MAX_BOXES, dtype=torch.int64)
     boxes[:, :BOXES_PER_IMAGE] = torch.cat((corners, corners + sides), dim=2)
     labels[:, :BOXES_PER_IMAGE] = torch.randint(1, NUM_CLASSES, (batch_size, BOXES_PER_IMAGE), generator=generator)
-    neutral = {"brightness": 1.1, "contrast_before": 0.9, "contrast_after": 1.0, "saturation": 1.2, "hue": 0.02}
-    photometric = {name: torch.full((batch_size,), value) for name, value in neutral.items()}
+    factors = {"brightness": 1.1, "contrast_before": 0.9, "contrast_after": 1.0, "saturation": 1.2, "hue": 0.02}
+    factors["grey_mean"] = 120.0
+    photometric = {name: torch.full((batch_size,), value) for name, value in factors.items()}
     return {
         "image": torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator),
         "coverage": torch.ones(batch_size, 2, size),
-        "photometric": photometric
-        | {"grey_mean": torch.full((batch_size,), 120.0), "channels": torch.arange(3).repeat(batch_size, 1)},
+        "photometric": photometric | {"channels": torch.arange(3).repeat(batch_size, 1)},
         "boxes": boxes,
         "labels": labels,
     }
 
 
-def make_ours(model_name: str, batch_size: int, amp: str | None, compile_mode: str | None) -> Callable[[int], None]:
+def make_ours(
+    log_dir: str, model_name: str, batch_size: int, amp: str | None, compile_mode: str | None
+) -> Callable[[int], None]:
     """Runs ``train.train_one_epoch`` for a number of steps."""
     args = train.parse_args(["--model", model_name, "--weights-backbone", "none", "--lr", str(LR)])
     torch.backends.cudnn.benchmark = True
@@ -87,12 +97,12 @@ def make_ours(model_name: str, batch_size: int, amp: str | None, compile_mode: s
     if compile_mode is not None:
         batch_losses.compile(mode=compile_mode, fullgraph=True)
     batch = utils.to_device(make_batch(batch_size, model.size), device)
-    log = utils.RunLog(Path(tempfile.mkdtemp()))
+    log = utils.RunLog(Path(log_dir) / str(os.getpid()))
 
     def run(num_steps: int) -> None:
         batches = (batch | {"fault": []} for _ in range(num_steps))
         step_log = utils.StepLog(
-            log=log, epoch=0, first_step=0, last_step=num_steps, global_step=0, images_per_step=1, print_freq=num_steps
+            log=log, epoch=0, first_step=0, last_step=num_steps, global_step=0, images_per_step=1, print_freq=20
         )
         with contextlib.redirect_stdout(io.StringIO()):
             train.train_one_epoch(state, batch_losses, batches, step_log, after_step=lambda step_log: None)
@@ -124,7 +134,7 @@ def make_peer(batch_size: int, amp: bool) -> Callable[[int], None]:
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            for value in (loss, *losses.values()):  # its console line reads each
+            for value in (loss, *losses.values()):  # its log reads each in every step
                 value.item()
 
     return run
@@ -136,6 +146,13 @@ def start(kind: str, device_name: str, warm_up: int, *settings) -> None:
     torch.manual_seed(0)
     run_steps = {"ours": make_ours, "peer": make_peer}[kind](*settings)
     run_steps(warm_up)
+    free_memory()
+
+
+def free_memory() -> None:
+    """Leaves the GPU's memory to the other variants' processes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure(num_steps: int) -> dict[str, float]:
@@ -151,7 +168,7 @@ def measure(num_steps: int) -> dict[str, float]:
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - begin) / num_steps
     result = {"seconds": seconds, "MiB": utils.max_memory(), "waits": count_waits(num_steps)}
-    torch.cuda.empty_cache()  # for the other variants' processes
+    free_memory()
     return result
 
 
@@ -162,7 +179,7 @@ def count_waits(num_steps: int) -> float:
         torch.cuda.set_sync_debug_mode("warn")
         run_steps(num_steps)
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught) / num_steps
+    return sum("called a synchronizing" in str(warning.message) for warning in caught) / num_steps
 
 
 def profile_steps(num_steps: int = 5) -> str:
@@ -191,14 +208,14 @@ def peak_of(gpu: str, is_half: bool) -> float | None:
     return next((peaks[0 if is_half else 1] for name, peaks in PEAKS.items() if name in gpu), None)
 
 
-def list_variants(args: argparse.Namespace, batch_size: int) -> dict[str, tuple]:
+def list_variants(args: argparse.Namespace, batch_size: int, log_dir: str) -> dict[str, tuple]:
     """name -> the arguments of ``start``."""
     common = (args.device, args.warm_up)
     precisions = [None, *([args.amp] if args.amp else [])]
     variants = {}
     for amp, mode in itertools.product(precisions, [None, *args.compile]):
         name = " ".join(filter(None, ("ours", amp or "fp32", mode and f"compiled ({mode})")))
-        variants[name] = ("ours", *common, args.model, batch_size, amp, mode)
+        variants[name] = ("ours", *common, log_dir, args.model, batch_size, amp, mode)
     if args.peer:
         variants["peer fp32"] = ("peer", *common, batch_size, False)
     if args.peer and args.amp:
@@ -218,11 +235,28 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=evaluate.positive, default=3)
     parser.add_argument("--profile", action="store_true", help="list the operations that take the most time")
     args = parser.parse_args()
+    if args.peer and args.model != "ssd300_vgg16":
+        parser.error("--peer is ssd300_vgg16; leave out --model")
     args.compile = [] if args.compile is None else args.compile or ["default"]
     on_gpu = args.device == "cuda"
     args.steps = args.steps or (50 if on_gpu else 1)
     args.warm_up = 30 if on_gpu else 1
     return args
+
+
+def measure_variants(
+    args: argparse.Namespace, batch_size: int, variants: dict[str, tuple], flops: int, gpu: str
+) -> dict[str, dict]:
+    """variant -> the medians of what ``measure`` found, and what follows from them."""
+    rows = {}
+    for name, rounds in take_turns(start, partial(measure, args.steps), variants, args.rounds).items():
+        row = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+        row["images/s"] = batch_size / row["seconds"]
+        peak = peak_of(gpu, is_half=name.split()[1] != "fp32")
+        if peak:
+            row["MFU"] = row["images/s"] * flops / peak
+        rows[name] = row
+    return rows
 
 
 def main() -> None:
@@ -232,15 +266,11 @@ def main() -> None:
     print(f"{args.model} on {gpu or 'CPU'}, torch {torch.__version__}: {flops / 1e9:.1f} GFLOP per image and step")
     report = {"model": args.model, "device": gpu or "cpu", "torch": torch.__version__, "flops": flops, "batches": {}}
     for batch_size in args.batch_size:
-        variants = list_variants(args, batch_size)
-        rows = {}
-        for name, rounds in take_turns(start, partial(measure, args.steps), variants, args.rounds).items():
-            row = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-            row["images/s"] = batch_size / row["seconds"]
-            peak = peak_of(gpu, is_half=name.split()[1] != "fp32")
-            if peak:
-                row["MFU"] = row["images/s"] * flops / peak
-            rows[name] = row
+        with tempfile.TemporaryDirectory() as log_dir:
+            variants = list_variants(args, batch_size, log_dir)
+            rows = measure_variants(args, batch_size, variants, flops, gpu)
+            tables = take_turns(start, profile_steps, variants, rounds=1) if args.profile else {}
+        for name, row in rows.items():
             figures = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
             print(f"batch {batch_size:4}  {name:40} {figures}", flush=True)
         ratios = {
@@ -250,10 +280,9 @@ def main() -> None:
         }
         for name, ratio in ratios.items():
             print(f"batch {batch_size:4}  {name:60} {ratio:.2f}")
+        for name, (table,) in tables.items():
+            print(f"{name}, batch {batch_size}\n{table}")
         report["batches"][batch_size] = {"variants": rows, "ratios": ratios}
-        if args.profile:
-            for name, (table,) in take_turns(start, profile_steps, variants, rounds=1).items():
-                print(f"{name}, batch {batch_size}\n{table}")
     print(json.dumps(report))
 
 
