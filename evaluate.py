@@ -52,11 +52,13 @@ def detect(
         faults += filter(None, batch["fault"])
         with autocast:
             outputs = model(batch["image"].to(device, non_blocking=True))
-        if not all(output.isfinite().all() for output in outputs.values()):
+        try:
+            results = model.postprocess_detections(outputs, batch["size"].to(device))
+        except ssd.NotFiniteError as error:
+            image_ids = batch["image_id"][error.rows].tolist()
             raise FloatingPointError(
-                f"the model's predictions are not finite on images {batch['image_id'].tolist()}: its weights are broken"
-            )
-        results = model.postprocess_detections(outputs, batch["size"].to(device))
+                f"the model's predictions are not finite on images {image_ids}: its weights are broken"
+            ) from None
         for image_id, fault, detections in zip(batch["image_id"].tolist(), batch["fault"], results, strict=True):
             image_ids.append(image_id)
             if not fault:
@@ -109,7 +111,8 @@ def evaluate(
     if shares is None:
         return None
     image_ids = np.concatenate([share["image_ids"] for share in shares])
-    assert np.array_equal(np.sort(image_ids), np.sort(annotations.image_ids)), "an image is missing or came twice"
+    if not np.array_equal(np.sort(image_ids), np.sort(annotations.image_ids)):
+        raise RuntimeError("an image is missing or came twice: the processes shared the validation set differently")
     detections = np.concatenate([share["detections"] for share in shares])
     detections = detections[np.argsort(detections[:, 0], kind="stable")]  # the same order for any number of processes
     metrics = coco_eval.score_detections(annotations, detections, scorer)

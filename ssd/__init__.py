@@ -6,6 +6,7 @@ from .default_boxes import DefaultBoxGenerator
 from .head import SSDHead
 from .matcher import SSDMatcher
 from .model import SSD, ssd300_resnet18, ssd300_vgg16
+from .postprocess import NotFiniteError
 from .weights import is_enum_name, load_file, load_state_dict
 
 MODELS = {"ssd300_vgg16": ssd300_vgg16, "ssd300_resnet18": ssd300_resnet18}
@@ -15,6 +16,7 @@ __all__ = [
     "SSD",
     "BoxCoder",
     "DefaultBoxGenerator",
+    "NotFiniteError",
     "SSDFeatureExtractorResNet",
     "SSDFeatureExtractorVGG",
     "SSDHead",

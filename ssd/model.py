@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18, vgg
-from torchvision.ops import batched_nms
 
 from .backbones import SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
 from .boxes import BoxCoder, pairwise_iou
 from .default_boxes import DefaultBoxGenerator
 from .head import SSDHead
 from .matcher import SSDMatcher
+from .postprocess import NotFiniteError, select_candidates, split_by_image, suppress
 from .weights import load_state_dict
 
 NUM_COCO_CLASSES = 91  # the background and COCO's category ids, which run from 1 to 90 with gaps
@@ -149,25 +149,28 @@ class SSD(nn.Module):
         Returns:
             Per image ``boxes`` [N, 4] (xyxy, pixels of the original image), ``scores`` [N] and ``labels`` [N], best
             first, N <= ``detections_per_img``.
-        """
-        scores = outputs["cls_logits"].float().softmax(dim=-1)[..., 1:].transpose(1, 2)  # [B, C - 1, A]
-        boxes = self.box_coder.decode(outputs["bbox_regression"].float(), self.default_boxes)
-        boxes = boxes.clamp(0, self.size)
-        num_candidates = min(self.topk_candidates, scores.shape[-1])
-        top_scores, top_boxes = scores.topk(num_candidates, dim=-1)  # [B, C - 1, candidates]
 
+        Raises:
+            NotFiniteError: a prediction is nan or infinite.
+        """
+        is_finite = torch.stack([output.flatten(1).isfinite().all(dim=1) for output in outputs.values()]).all(dim=0)
+        if not is_finite.all():
+            raise NotFiniteError((~is_finite).nonzero().flatten().tolist())
+        scores = outputs["cls_logits"].float().softmax(dim=-1)[..., 1:]  # [B, A, C - 1]
+        boxes = self.box_coder.decode(outputs["bbox_regression"].float(), self.default_boxes).clamp(0, self.size)
+        candidates = select_candidates(scores, boxes, self.score_thresh, self.topk_candidates)
+        # The work is quadratic, and only a GPU does it faster for all images together.
+        if boxes.device.type == "cpu":
+            parts = split_by_image(candidates, len(boxes))
+            found = [suppress(part, self.nms_thresh, self.detections_per_img) for part in parts]
+        else:
+            found = split_by_image(suppress(candidates, self.nms_thresh, self.detections_per_img), len(boxes))
         height, width = (sizes.to(boxes) / self.size).unbind(1)
         scale = torch.stack((width, height, width, height), dim=1)  # [B, 4]
-        detections = []
-        for i in range(len(boxes)):
-            classes, ranks = (top_scores[i] > self.score_thresh).nonzero(as_tuple=True)
-            image_boxes = boxes[i][top_boxes[i, classes, ranks]]
-            image_scores = top_scores[i, classes, ranks]
-            keep = batched_nms(image_boxes, image_scores, classes, self.nms_thresh)[: self.detections_per_img]
-            detections.append(
-                {"boxes": image_boxes[keep] * scale[i], "scores": image_scores[keep], "labels": classes[keep] + 1}
-            )
-        return detections
+        return [
+            {"boxes": one.boxes * scale[i], "scores": one.scores, "labels": one.labels + 1}
+            for i, one in enumerate(found)
+        ]
 
 
 @torch.no_grad()

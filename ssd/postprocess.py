@@ -1,0 +1,90 @@
+"""From scored boxes to detections, for a whole batch at once: threshold, best per class, suppression, best per image.
+
+Dimension key: B images, A default boxes, K classes without the background, N detections.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+# Suppression takes the square of its input, and the best 200 detections are mostly found among far fewer candidates.
+FIRST_CANDIDATES = 1000
+
+
+class NotFiniteError(FloatingPointError):
+    """Predictions that are no numbers, for the images of a batch at ``rows``."""
+
+    def __init__(self, rows: list[int]):
+        super().__init__(f"the predictions for the images {rows} of the batch are not finite: the weights are broken")
+        self.rows = rows
+
+
+@dataclass
+class Detections:
+    """Of a whole batch, best first: boxes float [N, 4]; scores float [N]; labels (0 to K - 1) and images int64 [N]."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    images: Tensor
+
+    def __getitem__(self, index: Tensor) -> "Detections":
+        return Detections(self.boxes[index], self.scores[index], self.labels[index], self.images[index])
+
+
+def rank_within(groups: Tensor) -> Tensor:
+    """How many earlier elements are of the same group as an element: int64 [N], for ``groups`` int64 [N]."""
+    order = groups.argsort(stable=True)
+    in_order = groups[order]
+    position = torch.arange(len(groups), device=groups.device)
+    is_first = torch.cat((in_order[:1] == in_order[:1], in_order[1:] != in_order[:-1]))
+    rank_in_order = position - torch.where(is_first, position, 0).cummax(0).values
+    return torch.empty_like(groups).scatter_(0, order, rank_in_order)
+
+
+def split_by_image(detections: Detections, num_images: int) -> list[Detections]:
+    """Those of each image of the batch."""
+    counts = detections.images.bincount(minlength=num_images).tolist()
+    return [detections[part] for part in detections.images.argsort(stable=True).split(counts)]
+
+
+def select_candidates(scores: Tensor, boxes: Tensor, score_thresh: float, topk_per_class: int) -> Detections:
+    """The best of each class and image, if their score is over the threshold.
+
+    Args:
+        scores: [B, A, K].
+        boxes: [B, A, 4].
+        score_thresh: scores up to this are dropped.
+        topk_per_class: how many are kept of a class and image.
+    """
+    images, default_boxes, labels = (scores > score_thresh).nonzero(as_tuple=True)
+    order = labels.argsort(stable=True)  # of equal scores the lower label comes first, as in torchvision
+    order = order[scores[images, default_boxes, labels][order].argsort(descending=True, stable=True)]
+    images, default_boxes, labels = images[order], default_boxes[order], labels[order]
+    candidates = Detections(boxes[images, default_boxes], scores[images, default_boxes, labels], labels, images)
+    return candidates[rank_within(images * scores.shape[2] + labels) < topk_per_class]
+
+
+def suppress(candidates: Detections, iou_thresh: float, detections_per_img: int) -> Detections:
+    """The best detections of each image that no better one of the same class and image overlaps too much.
+
+    Boxes, whose coordinates must not be negative, are moved to where those of other classes and images cannot overlap
+    them, in float64, so that the IoUs stay exact. Suppression goes from the best down, so what it finds among the best
+    candidates of an image is final; only where that is not enough it is repeated with more of them.
+    """
+    if len(candidates.images) == 0:
+        return candidates
+    num_candidates = candidates.images.bincount()
+    rank_in_image = rank_within(candidates.images)
+    group = candidates.images * (candidates.labels.max() + 1) + candidates.labels
+    shifted = candidates.boxes.double() + ((candidates.boxes.max().double() + 1) * group)[:, None]
+    limit = FIRST_CANDIDATES
+    while True:
+        tried = (rank_in_image < limit).nonzero().squeeze(1)
+        kept = tried[nms(shifted[tried], candidates.scores[tried].double(), iou_thresh)]
+        num_kept = candidates.images[kept].bincount(minlength=len(num_candidates))
+        if ((num_kept >= detections_per_img) | (num_candidates <= limit)).all():
+            return candidates[kept[rank_within(candidates.images[kept]) < detections_per_img]]
+        limit *= 4

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+import ssd
+from ssd import postprocess
+from ssd.postprocess import Detections, rank_within, select_candidates, split_by_image, suppress
+
+KEYS = ("boxes", "scores", "labels", "images")
+
+
+def random_candidates(seed: int, num_images: int = 3, num_classes: int = 4, number: int = 240) -> Detections:
+    """Best first, crowded so that most overlap another."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = 60 * torch.rand(number, 2, generator=generator)
+    boxes = torch.cat((corners, corners + 5 + 30 * torch.rand(number, 2, generator=generator)), dim=1)
+    scores = torch.rand(number, generator=generator).sort(descending=True).values
+    labels = torch.randint(num_classes, (number,), generator=generator)
+    return Detections(boxes, scores, labels, torch.randint(num_images, (number,), generator=generator))
+
+
+def suppress_naively(candidates: Detections, iou_thresh: float, detections_per_img: int) -> Detections:
+    """The definition: each candidate against all that were kept before it."""
+    kept: list[int] = []
+    for i in range(len(candidates.images)):
+        same_image = [k for k in kept if candidates.images[k] == candidates.images[i]]
+        same_class = [k for k in same_image if candidates.labels[k] == candidates.labels[i]]
+        overlaps = ssd.pairwise_iou(candidates.boxes[i : i + 1].double(), candidates.boxes[same_class].double())
+        if not (overlaps > iou_thresh).any() and len(same_image) < detections_per_img:
+            kept.append(i)
+    return candidates[torch.tensor(kept)]
+
+
+def assert_same(first: Detections, second: Detections) -> None:
+    for key in KEYS:
+        assert torch.equal(getattr(first, key), getattr(second, key)), key
+
+
+def test_ranks_count_the_elements_of_a_group_before():
+    assert rank_within(torch.tensor([5, 2, 5, 5, 2, 7])).tolist() == [0, 0, 1, 2, 1, 0]
+    assert rank_within(torch.tensor([], dtype=torch.int64)).tolist() == []
+
+
+def test_candidates_are_over_the_threshold_and_the_best_of_their_class():
+    scores = torch.tensor([[[0.5, 0.1], [0.5, 0.9], [0.7, 0.2]], [[0.0, 0.3], [0.1, 0.3], [0.1, 0.4]]])  # [2, 3, 2]
+    boxes = torch.arange(24.0).view(2, 3, 4)
+    found = select_candidates(scores, boxes, score_thresh=0.1, topk_per_class=2)
+    expected = [(0.9, 0, 1, 1), (0.7, 0, 0, 2), (0.5, 0, 0, 0), (0.4, 1, 1, 2), (0.3, 1, 1, 0), (0.2, 0, 1, 2)]
+    rows = zip(found.scores.tolist(), found.images.tolist(), found.labels.tolist(), found.boxes[:, 0], strict=True)
+    assert [(pytest.approx(s), i, n, int(x) // 4 - 3 * i) for s, i, n, x in rows] == expected
+
+
+@pytest.mark.parametrize("first_candidates", [2, 30, 1000])
+@pytest.mark.parametrize("detections_per_img", [5, 40, 1000])
+def test_suppression_follows_the_definition_for_any_number_tried_at_first(
+    monkeypatch, first_candidates, detections_per_img
+):
+    monkeypatch.setattr(postprocess, "FIRST_CANDIDATES", first_candidates)
+    for seed in range(5):
+        candidates = random_candidates(seed)
+        found = suppress(candidates, 0.45, detections_per_img)
+        assert len(found.images) < len(candidates.images)
+        assert_same(found, suppress_naively(candidates, 0.45, detections_per_img))
+
+
+def test_images_are_alike_one_by_one_and_together():
+    candidates = random_candidates(seed=0)
+    together = split_by_image(suppress(candidates, 0.45, 20), num_images=4)
+    one_by_one = [suppress(part, 0.45, 20) for part in split_by_image(candidates, num_images=4)]
+    assert [len(one.images) for one in together] == [20, 20, 20, 0]
+    for first, second in zip(together, one_by_one, strict=True):
+        assert_same(first, second)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["cls_logits", "bbox_regression"])
+def test_predictions_that_are_no_numbers_are_an_error(name, value):
+    model = ssd.ssd300_resnet18(weights_backbone=None, num_classes=3)
+    outputs = {
+        key: torch.zeros(4, len(model.default_boxes), n) for key, n in (("cls_logits", 3), ("bbox_regression", 4))
+    }
+    outputs[name][[1, 3], 17, 2] = value
+    with pytest.raises(ssd.NotFiniteError, match=r"images \[1, 3\] of the batch") as caught:
+        model.postprocess_detections(outputs, torch.full((4, 2), 300))
+    assert caught.value.rows == [1, 3]
