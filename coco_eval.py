@@ -63,8 +63,9 @@ def score_detections(annotations: CocoAnnotations, detections: ndarray, scorer: 
         scorer: ``pycocotools``, which gives the published figure, or ``hotcoco``, which gives the same much faster.
 
     Returns:
-        The twelve COCO metrics by name (None where there is no ground truth to measure), ``per_class`` AP by category
-        name, and ``counts`` of images, boxes (crowds included) and detections.
+        The twelve COCO metrics by name (None where there is no ground truth to measure); ``per_class`` by category name
+        AP, AP50 and the numbers of boxes (without crowds) and detections; and ``counts`` of images, boxes (crowds
+        included) and detections.
     """
     if scorer == "hotcoco":
         from hotcoco import COCO, COCOeval
@@ -80,8 +81,14 @@ def score_detections(annotations: CocoAnnotations, detections: ndarray, scorer: 
         evaluator.accumulate()
         evaluator.summarize()
     precision = evaluator.eval["precision"][:, :, :, 0, -1]  # IoUs, recalls, categories; all areas, 100 detections
+    objects = annotations.category_ids[~annotations.is_crowd]
     per_class = {
-        annotations.categories[category_id]: known_or_none(precision[:, :, k].mean())
+        annotations.categories[category_id]: {
+            "AP": known_or_none(precision[:, :, k].mean()),
+            "AP50": known_or_none(precision[0, :, k].mean()),
+            "boxes": int((objects == category_id).sum()),
+            "detections": int((detections[:, 6] == category_id).sum()),
+        }
         for k, category_id in enumerate(evaluator.params.catIds)
     }
     metrics = {name: known_or_none(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
@@ -102,6 +109,24 @@ def format_table(metrics: dict) -> str:
         lines.append(
             f" {kind} @[ IoU={iou:9} | area={areas.get(detail, 'all'):>6} | maxDets={max_detections:>3} ] = {value}"
         )
+    return "\n".join(lines)
+
+
+def format_class_table(metrics: dict, at_most: int = 20) -> str:
+    """AP, AP50 and counts of each class, best first; of more than ``at_most`` classes the best and the worst half."""
+
+    def ap(row: tuple[str, dict]) -> float:
+        return -1 if row[1]["AP"] is None else row[1]["AP"]
+
+    rows = sorted(metrics["per_class"].items(), key=ap, reverse=True)
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'class':{width}}     AP   AP50    boxes  detections"]
+    for name, row in rows:
+        values = "".join("    n/a" if row[key] is None else f"{row[key]:7.3f}" for key in ("AP", "AP50"))
+        lines.append(f"{name:{width}}{values}{row['boxes']:9}{row['detections']:12}")
+    if len(rows) > at_most:
+        half = at_most // 2
+        lines[1 + half : -half] = [f"... {len(rows) - 2 * half} more in metrics.json ..."]
     return "\n".join(lines)
 
 

@@ -301,6 +301,7 @@ def main(args: argparse.Namespace) -> None:
     if result is not None:
         metrics, detections = result
         print(coco_eval.format_table(metrics))
+        print(coco_eval.format_class_table(metrics))
         output_dir = Path(args.output_dir)
         write_reports(output_dir, metrics, detections)
         if args.pictures:

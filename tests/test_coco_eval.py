@@ -60,7 +60,10 @@ def test_no_detections_score_zero_and_absent_classes_are_unknown(tmp_path, score
     metrics = coco_eval.score_detections(a, np.zeros((0, 7)), scorer)
     assert metrics["AP"] == 0
     assert metrics["APl"] is None
-    assert metrics["per_class"] == {"cat": 0, "dog": None}
+    assert metrics["per_class"] == {
+        "cat": {"AP": 0, "AP50": 0, "boxes": 1, "detections": 0},
+        "dog": {"AP": None, "AP50": None, "boxes": 0, "detections": 0},
+    }
     assert metrics["counts"] == {"images": 3, "boxes": 1, "detections": 0}
     assert "n/a" in coco_eval.format_table(metrics)
 
@@ -73,6 +76,37 @@ def test_table_is_that_of_pycocotools(data_path, capsys, tmp_path):
     pycocotools_stats(annotation_file, tmp_path / "detections.json")
     printed = [line for line in capsys.readouterr().out.splitlines() if "@[" in line]
     assert coco_eval.format_table(coco_eval.score_detections(a, detections, "hotcoco")).splitlines() == printed
+
+
+def test_scores_of_a_class_are_those_of_the_class_alone(data_path):
+    a = coco_annotations.read_annotations(data_path / "annotations/instances_train2017.json")
+    detections = fake_detections(a)
+    metrics = coco_eval.score_detections(a, detections, "hotcoco")
+    assert a.is_crowd.any()
+    truth = coco_eval.coco_of(COCO, coco_eval.ground_truth(a))
+    for category_id, name in a.categories.items():
+        alone = COCOeval(truth, truth.loadRes(detections), "bbox")
+        alone.params.catIds = [category_id]
+        alone.evaluate()
+        alone.accumulate()
+        alone.summarize()
+        of_class = metrics["per_class"][name]
+        assert [of_class["AP"], of_class["AP50"]] == pytest.approx(alone.stats[:2].tolist(), abs=1e-12)
+        assert of_class["boxes"] == ((a.category_ids == category_id) & ~a.is_crowd).sum()
+        assert of_class["detections"] == (detections[:, 6] == category_id).sum()
+
+
+def test_class_table_has_the_best_and_the_worst():
+    def row(ap):
+        return {"AP": ap, "AP50": ap, "boxes": 1, "detections": 20}
+
+    per_class = {f"c{i}": row(i / 100) for i in range(30)} | {"absent": row(None)}
+    lines = coco_eval.format_class_table({"per_class": per_class}, at_most=4).splitlines()
+    assert [line.split()[0] for line in lines] == ["class", "c29", "c28", "...", "c0", "absent"]
+    assert lines[1].split() == ["c29", "0.290", "0.290", "1", "20"]
+    assert lines[-1].split() == ["absent", "n/a", "n/a", "1", "20"]
+    assert "27 more" in lines[3]
+    assert len(coco_eval.format_class_table({"per_class": per_class}, at_most=31).splitlines()) == 32
 
 
 def test_results_format(tmp_path):
