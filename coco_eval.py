@@ -13,7 +13,7 @@ import numpy as np
 from numpy import ndarray
 from torch import Tensor
 
-from coco_annotations import CocoAnnotations
+from coco_annotations import CocoAnnotations, DataError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -39,6 +39,51 @@ def write_results(path: str | Path, detections: ndarray) -> None:
         for image_id, *box, score, category_id in detections.tolist()
     ]
     Path(path).write_text(json.dumps(results))
+
+
+def read_results(path: str | Path, annotations: CocoAnnotations) -> ndarray:
+    """Reads a file in COCO's results format: an array of detections [N, 7], as ``detections_to_array`` makes it.
+
+    Raises:
+        DataError: the file is missing, not in the format, or has detections that cannot be of ``annotations``.
+    """
+    try:
+        results = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the results file: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a COCO results file: {error}") from None
+    if type(results) is not list:
+        raise DataError(f"{path}: not a COCO results file, which is a list of detections")
+    image_ids = set(annotations.image_ids.tolist())
+    for position, result in enumerate(results):
+        if fault := fault_of_result(result, image_ids, annotations):
+            raise DataError(f"{path}: the detection at position {position} of the list {fault}")
+    rows = [[one["image_id"], *one["bbox"], one["score"], one["category_id"]] for one in results]
+    return np.array(rows, dtype=np.float64).reshape(-1, 7)
+
+
+def fault_of_result(result, image_ids: set[int], annotations: CocoAnnotations) -> str:
+    """What is wrong with an entry of a results file; an empty text if nothing is."""
+    if type(result) is not dict:
+        return "is no object with image_id, category_id, bbox and score"
+    for key in ("image_id", "category_id", "bbox", "score"):
+        if key not in result:
+            return f"has no {key}"
+    image_id, category_id, box, score = (result[key] for key in ("image_id", "category_id", "bbox", "score"))
+    if type(image_id) is not int or image_id not in image_ids:
+        return f"is of image id {image_id!r}, which {annotations.path} does not list"
+    if type(category_id) is not int or category_id not in annotations.categories:
+        return f"is of category id {category_id!r}, which {annotations.path} does not list"
+    if type(box) is not list or len(box) != 4 or not all(map(is_finite_number, box)) or min(box[2:]) < 0:
+        return f"(image id {image_id}) has the bbox {box!r}; expected x, y, width, height, all finite, no negative size"
+    if not is_finite_number(score):
+        return f"(image id {image_id}) has the score {score!r}; expected a finite number"
+    return ""
+
+
+def is_finite_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def ground_truth(annotations: CocoAnnotations) -> dict:

@@ -1,6 +1,7 @@
-"""Scores a checkpoint on a validation set in COCO format.
+"""Scores a checkpoint, or detections in COCO's results format, on a validation set in COCO format.
 
     python evaluate.py --checkpoint out/checkpoint.pth --data-path /data/coco
+    python evaluate.py --detections detections.json --data-path /data/coco
     torchrun --nproc-per-node=8 evaluate.py --checkpoint SSD300_VGG16_Weights.COCO_V1 --data-path /data/coco
 
 Prints the COCO table and writes metrics.json, detections.json and, with --pictures, pictures of what was found.
@@ -171,14 +172,14 @@ def name_data(args: argparse.Namespace, split: str) -> tuple[Path, Path]:
     return Path(images or f"{root}/{split}2017"), Path(annotations or f"{root}/annotations/instances_{split}2017.json")
 
 
-def open_data(args: argparse.Namespace, split: str) -> tuple[CocoAnnotations, Path]:
+def open_data(args: argparse.Namespace, split: str, needs_images: bool = True) -> tuple[CocoAnnotations, Path]:
     """Annotations and image folder of a split, as the flags name them; the annotations are indexed in the output.
 
     Raises:
-        ValueError: the flags name no data, there is no such folder, or the annotations have faults.
+        ValueError: the flags name no data, there is no such folder though it is needed, or the annotations have faults.
     """
     images_dir, path = name_data(args, split)
-    if not images_dir.is_dir():
+    if needs_images and not images_dir.is_dir():
         raise ValueError(f"{images_dir}: no such image folder")
     with utils.main_first():  # so that the file is read once
         annotations = coco_annotations.read_annotations(path, Path(args.output_dir) / "annotations")
@@ -206,10 +207,9 @@ def load_model(checkpoint: str, model_name: str | None, annotations: CocoAnnotat
     return model
 
 
-def write_reports(output_dir: Path, metrics: dict, detections: ndarray) -> None:
-    """Writes metrics.json and detections.json."""
+def write_metrics(output_dir: Path, metrics: dict) -> None:
+    """Writes metrics.json."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    coco_eval.write_results(output_dir / "detections.json", detections)
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
@@ -269,7 +269,9 @@ def make_autocast(device: torch.device, amp: str | None) -> torch.autocast:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="file, or SSD300_VGG16_Weights.COCO_V1")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", help="file, or SSD300_VGG16_Weights.COCO_V1")
+    what.add_argument("--detections", metavar="FILE", help="score a file in COCO's results format, without a model")
     parser.add_argument("--model", choices=list(ssd.MODELS), help="only for a bare state dict (default: ssd300_vgg16)")
     parser.add_argument("--scorer", choices=["pycocotools", "hotcoco"], default="pycocotools", help="same figures")
     parser.add_argument(
@@ -280,15 +282,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    device = utils.init_distributed(args.device)
-    annotations, images_dir = open_data(args, "val")
+def evaluate_checkpoint(
+    args: argparse.Namespace, device: torch.device, annotations: CocoAnnotations, images_dir: Path
+) -> tuple[dict, ndarray] | None:
+    """``evaluate`` as the flags have it."""
     with utils.main_first():  # so that weights are downloaded once
         model = load_model(args.checkpoint, args.model, annotations)
     model = model.to(device, memory_format=torch.channels_last)
     utils.print_on_main(f"Evaluating {args.checkpoint} on {len(annotations.image_ids)} images ({annotations.path})")
-    start = time.perf_counter()
-    result = evaluate(
+    return evaluate(
         model,
         annotations,
         images_dir,
@@ -298,15 +300,36 @@ def main(args: argparse.Namespace) -> None:
         scorer=args.scorer,
         skip_bad_images=args.on_bad_image == "skip",
     )
+
+
+def score_file(args: argparse.Namespace, annotations: CocoAnnotations) -> tuple[dict, ndarray] | None:
+    """The metrics of ``--detections``, and what it holds, on the main process; None elsewhere."""
+    if not utils.is_main():
+        return None
+    detections = coco_eval.read_results(args.detections, annotations)
+    print(f"Scoring {len(detections)} detections ({args.detections}) on {annotations.path}")
+    return coco_eval.score_detections(annotations, detections, args.scorer), detections
+
+
+def main(args: argparse.Namespace) -> None:
+    device = utils.init_distributed(args.device)
+    annotations, images_dir = open_data(args, "val", needs_images=args.checkpoint is not None or args.pictures > 0)
+    start = time.perf_counter()
+    if args.detections is None:
+        result = evaluate_checkpoint(args, device, annotations, images_dir)
+    else:
+        result = score_file(args, annotations)
     if result is not None:
         metrics, detections = result
         print(coco_eval.format_table(metrics))
         print(coco_eval.format_class_table(metrics))
         output_dir = Path(args.output_dir)
-        write_reports(output_dir, metrics, detections)
+        write_metrics(output_dir, metrics)
+        if args.detections is None:
+            coco_eval.write_results(output_dir / "detections.json", detections)
         if args.pictures:
             write_pictures(output_dir, draw_detections(annotations, images_dir, detections, args.pictures))
-        print(f"Done in {time.perf_counter() - start:.1f} s; metrics.json and detections.json are in {output_dir}")
+        print(f"Done in {time.perf_counter() - start:.1f} s; the results are in {output_dir}")
     utils.cleanup_distributed()
 
 

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import annotation
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -119,3 +120,53 @@ def test_results_format(tmp_path):
     coco_eval.write_results(tmp_path / "detections.json", detections)
     (result,) = json.loads((tmp_path / "detections.json").read_text())
     assert result == {"image_id": 42, "category_id": 17, "bbox": [1, 2, 10, 20], "score": pytest.approx(0.9)}
+
+
+GOOD = {"image_id": 1, "category_id": 3, "bbox": [1, 2.5, 3, 4], "score": 0.5}
+
+
+def test_a_results_file_is_read_as_it_was_written(tmp_path, write):
+    a = coco_annotations.read_annotations(write([annotation(1)]))
+    path = tmp_path / "detections.json"
+    path.write_text(json.dumps([GOOD, GOOD | {"image_id": 2, "category_id": 7, "area": 12, "id": 5}]))
+    detections = coco_eval.read_results(path, a)
+    assert detections.tolist() == [[1, 1, 2.5, 3, 4, 0.5, 3], [2, 1, 2.5, 3, 4, 0.5, 7]]
+    coco_eval.write_results(path, detections)
+    assert np.array_equal(coco_eval.read_results(path, a), detections)
+    path.write_text("[]")
+    assert coco_eval.read_results(path, a).shape == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not a COCO results file: Expecting value"),
+        ("<html>", "not a COCO results file: Expecting value"),
+        ('{"annotations": []}', "not a COCO results file, which is a list of detections"),
+        ([GOOD, 5], "position 1 of the list is no object"),
+        ([{k: v for k, v in GOOD.items() if k != "score"}], "position 0 of the list has no score"),
+        ([GOOD | {"image_id": 9}], r"is of image id 9, which .*annotations\.json does not list"),
+        ([GOOD | {"image_id": "1"}], "is of image id '1'"),
+        ([GOOD | {"category_id": 4}], "is of category id 4"),
+        ([GOOD | {"category_id": [3]}], r"is of category id \[3\]"),
+        ([GOOD | {"bbox": [1, 2, 3]}], r"\(image id 1\) has the bbox \[1, 2, 3\]"),
+        ([GOOD | {"bbox": [1, 2, float("nan"), 3]}], "bbox .*nan.* all finite"),
+        ([GOOD | {"bbox": [1, 2, -3, 3]}], "no negative size"),
+        ([GOOD | {"bbox": None}], "has the bbox None"),
+        ([GOOD | {"score": float("inf")}], r"has the score inf; expected a finite number"),
+        ([GOOD | {"score": True}], "has the score True"),
+    ],
+)
+def test_faults_of_a_results_file_are_named(tmp_path, write, content, message):
+    a = coco_annotations.read_annotations(write([annotation(1)]))
+    path = tmp_path / "detections.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(coco_annotations.DataError, match=message) as caught:
+        coco_eval.read_results(path, a)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_missing_results_file(tmp_path, write):
+    a = coco_annotations.read_annotations(write([annotation(1)]))
+    with pytest.raises(coco_annotations.DataError, match=r"nowhere\.json: cannot read the results file: No such file"):
+        coco_eval.read_results(tmp_path / "nowhere.json", a)

@@ -116,6 +116,47 @@ def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained,
     assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == evaluator.stats.tolist()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_results_file_gets_pycocotools_figures_without_a_model(run, tmp_path, processes):
+    """With a crowd, an image without boxes, one without detections, an absent class, and all three sizes of objects."""
+    boxes = [(10, 10, 20, 20), (40, 10, 50, 60), (100, 100, 200, 150), (300, 20, 150, 60), (5, 200, 31, 31)]
+    annotations = [
+        {"id": i + 1, "image_id": 1 + i % 2, "category_id": 3 + 4 * (i % 2), "bbox": box, "area": box[2] * box[3]}
+        | {"iscrowd": int(i == 3)}
+        for i, box in enumerate(boxes)
+    ]
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 500, "height": 400} for i in (1, 2, 3, 4)],
+        "annotations": annotations,
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 8, "name": "absent"}],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    rng = np.random.default_rng(0)
+    results = [
+        {"image_id": one["image_id"], "category_id": category, "score": round(rng.random(), 2)}
+        | {"bbox": [float(value) for value in np.abs(np.array(one["bbox"]) + rng.normal(0, spread, 4))]}
+        for one in [*annotations, {"image_id": 3, "bbox": (5, 5, 80, 80)}]
+        for category in (3, 7, 8)
+        for spread in (1, 4)
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    flags = ["--detections", tmp_path / "results.json", "--val-annotations", tmp_path / "truth.json"]
+    flags += ["--val-images", tmp_path / "nowhere", "--output-dir", tmp_path / "out", "--device", "cpu"]
+    console = run("evaluate.py", *flags, processes=processes).stdout
+    assert "Scoring 36 detections" in console
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+
+    truth = COCO(str(tmp_path / "truth.json"))
+    evaluator = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == evaluator.stats.tolist()
+    assert metrics["per_class"]["absent"] == {"AP": None, "AP50": None, "boxes": 0, "detections": 12}
+    assert metrics["counts"] == {"images": 4, "boxes": 5, "detections": 36}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations", "metrics.json"]
+
+
 def make_noise_data(root) -> None:
     """Photographs of noise, on which no two default boxes see the same and get tied scores; with COCO's annotations."""
     (root / "val2017").mkdir(parents=True)
