@@ -162,13 +162,13 @@ class SSD(nn.Module):
             raise NotFiniteError((~is_finite).nonzero().flatten().tolist())
         scores = outputs["cls_logits"].float().softmax(dim=-1)[..., 1:]  # [B, A, C - 1]
         boxes = self.box_coder.decode(outputs["bbox_regression"].float(), self.default_boxes).clamp(0, self.size)
-        candidates = select_candidates(scores, boxes, self.score_thresh, self.topk_candidates)
-        # The work is quadratic, and only a GPU does it faster for all images together.
-        if boxes.device.type == "cpu":
-            parts = split_by_image(candidates, len(boxes))
-            found = [suppress(part, self.nms_thresh, self.detections_per_img) for part in parts]
-        else:
-            found = split_by_image(suppress(candidates, self.nms_thresh, self.detections_per_img), len(boxes))
+        # As in ``match``: one image at a time stays in the cache of a CPU.
+        images_at_a_time = 1 if boxes.device.type == "cpu" else len(boxes)
+        found = []
+        for part in zip(scores.split(images_at_a_time), boxes.split(images_at_a_time), strict=True):
+            candidates = select_candidates(*part, self.score_thresh, self.topk_candidates)
+            kept = suppress(candidates, self.nms_thresh, self.detections_per_img)
+            found += split_by_image(kept, len(part[0]))
         height, width = (sizes.to(boxes) / self.size).unbind(1)
         scale = torch.stack((width, height, width, height), dim=1)  # [B, 4]
         return [
