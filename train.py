@@ -127,6 +127,22 @@ def make_dataset(
     return CocoTrainDataset(annotations, images_dir, preset, args.seed, skip_bad_images=skips, files=files)
 
 
+def make_loader(
+    args: argparse.Namespace, dataset: CocoTrainDataset, sampler: EpochBatchSampler, device: torch.device
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.workers,
+        # a compiled graph wants batches of one shape
+        collate_fn=partial(coco_utils.collate, num_slots=dataset.max_boxes if args.compile else 0),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=utils.keep_freed_memory,
+        generator=torch.Generator(),  # see evaluate.evaluate
+        persistent_workers=args.workers > 0,
+    )
+
+
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Not for fp16: where the first steps overflow and are skipped, PyTorch's fused SGD begins with momentum that nobody
@@ -304,17 +320,7 @@ def main(args: argparse.Namespace) -> None:
     sampler = EpochBatchSampler(
         len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size(), args.accumulate
     )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=args.workers,
-        collate_fn=partial(coco_utils.collate, num_slots=dataset.max_boxes if args.compile else 0),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=utils.keep_freed_memory,
-        generator=torch.Generator(),  # see evaluate.evaluate
-        persistent_workers=args.workers > 0,
-    )
-
+    loader = make_loader(args, dataset, sampler, device)
     optimizer = make_optimizer(args, model)
     lr_scheduler = LambdaLR(optimizer, lr_schedule(args, sampler.steps_per_epoch))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -331,7 +337,7 @@ def main(args: argparse.Namespace) -> None:
 
     batch_losses = BatchLosses(model, preset, evaluate.make_autocast(device, args.amp))
     if args.compile:
-        log.info("Compiling: the first step takes minutes")
+        log.info("Compiling: the first step takes longer, up to minutes")
         batch_losses.compile(mode=args.compile, fullgraph=True)
     batch_losses = utils.distribute(batch_losses)
     last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)

@@ -13,7 +13,7 @@ class SSDMatcher:
     """Matches each default box with the object it overlaps most, if their IoU reaches the threshold.
 
     So that no object goes without a default box, each object then takes the default box that overlaps it most. Where
-    several objects want the same one, the last in order wins, as in torchvision; here on every device.
+    several objects want the same one, the last in order wins, as in torchvision, here on every device alike.
     """
 
     def __init__(self, iou_threshold: float = 0.5):
