@@ -13,6 +13,7 @@ import numpy as np
 from numpy import ndarray
 from torch import Tensor
 
+import coco_annotations
 from coco_annotations import CocoAnnotations, DataError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -75,15 +76,11 @@ def fault_of_result(result, image_ids: set[int], annotations: CocoAnnotations) -
         return f"is of image id {image_id!r}, which {annotations.path} does not list"
     if type(category_id) is not int or category_id not in annotations.categories:
         return f"is of category id {category_id!r}, which {annotations.path} does not list"
-    if type(box) is not list or len(box) != 4 or not all(map(is_finite_number, box)) or min(box[2:]) < 0:
+    if not coco_annotations.is_box(box):
         return f"(image id {image_id}) has the bbox {box!r}; expected x, y, width, height, all finite, no negative size"
-    if not is_finite_number(score):
+    if not coco_annotations.is_number(score):
         return f"(image id {image_id}) has the score {score!r}; expected a finite number"
     return ""
-
-
-def is_finite_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def ground_truth(annotations: CocoAnnotations) -> dict:

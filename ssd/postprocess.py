@@ -39,7 +39,8 @@ def rank_within(groups: Tensor) -> Tensor:
     order = groups.argsort(stable=True)
     in_order = groups[order]
     position = torch.arange(len(groups), device=groups.device)
-    is_first = torch.cat((in_order[:1] == in_order[:1], in_order[1:] != in_order[:-1]))
+    is_first = torch.ones_like(in_order, dtype=torch.bool)
+    is_first[1:] = in_order[1:] != in_order[:-1]
     rank_in_order = position - torch.where(is_first, position, 0).cummax(0).values
     return torch.empty_like(groups).scatter_(0, order, rank_in_order)
 

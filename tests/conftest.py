@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import shapes
 
@@ -29,6 +31,16 @@ def annotation(annotation_id: int, image_id: int = 1, category_id: int = 3, bbox
 
 def image(image_id: int, width: int = 100, height: int = 80) -> dict:
     return {"id": image_id, "file_name": f"{image_id}.png", "width": width, "height": height}
+
+
+def pycocotools_stats(annotation_file, results_file) -> list[float]:
+    """What plain pycocotools makes of two files, -1 where there is nothing to measure."""
+    truth = COCO(str(annotation_file))
+    evaluator = COCOeval(truth, truth.loadRes(str(results_file)), "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    return evaluator.stats.tolist()
 
 
 @pytest.fixture

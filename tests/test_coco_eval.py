@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import annotation
+from conftest import annotation, pycocotools_stats
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -21,15 +21,6 @@ def fake_detections(a: coco_annotations.CocoAnnotations, seed: int = 0) -> np.nd
         categories = np.where(rng.random(len(boxes)) < 0.2, rng.permutation(a.category_ids), a.category_ids)
         parts.append(np.column_stack([image_ids, boxes, rng.random(len(boxes)).round(1), categories]))
     return np.concatenate(parts)
-
-
-def pycocotools_stats(annotation_file, results_file) -> list[float]:
-    truth = COCO(str(annotation_file))
-    evaluator = COCOeval(truth, truth.loadRes(str(results_file)), "bbox")
-    evaluator.evaluate()
-    evaluator.accumulate()
-    evaluator.summarize()
-    return evaluator.stats.tolist()
 
 
 def test_both_scorers_equal_plain_pycocotools_to_the_last_digit(tmp_path, data_path):
@@ -155,6 +146,7 @@ def test_a_results_file_is_read_as_it_was_written(tmp_path, write):
         ([GOOD | {"bbox": None}], "has the bbox None"),
         ([GOOD | {"score": float("inf")}], r"has the score inf; expected a finite number"),
         ([GOOD | {"score": True}], "has the score True"),
+        ([GOOD | {"score": 10**400}], "has the score 1000"),
     ],
 )
 def test_faults_of_a_results_file_are_named(tmp_path, write, content, message):

@@ -7,10 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, pycocotools_stats
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection import ssd300_vgg16 as torchvision_ssd300_vgg16
 from torchvision.transforms.functional import to_tensor
 
@@ -108,12 +106,8 @@ def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained,
     assert coco_eval.format_table(metrics) in console
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
-    truth = COCO(str(data_path / "annotations/instances_val2017.json"))
-    evaluator = COCOeval(truth, truth.loadRes(str(tmp_path / "detections.json")), "bbox")
-    evaluator.evaluate()
-    evaluator.accumulate()
-    evaluator.summarize()
-    assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == evaluator.stats.tolist()
+    expected = pycocotools_stats(data_path / "annotations/instances_val2017.json", tmp_path / "detections.json")
+    assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == expected
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -146,12 +140,8 @@ def test_a_results_file_gets_pycocotools_figures_without_a_model(run, tmp_path, 
     assert "Scoring 36 detections" in console
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
 
-    truth = COCO(str(tmp_path / "truth.json"))
-    evaluator = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "bbox")
-    evaluator.evaluate()
-    evaluator.accumulate()
-    evaluator.summarize()
-    assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == evaluator.stats.tolist()
+    expected = pycocotools_stats(tmp_path / "truth.json", tmp_path / "results.json")
+    assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == expected
     assert metrics["per_class"]["absent"] == {"AP": None, "AP50": None, "boxes": 0, "detections": 12}
     assert metrics["counts"] == {"images": 4, "boxes": 5, "detections": 36}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations", "metrics.json"]
