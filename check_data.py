@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import coco_annotations
 import coco_utils
@@ -78,9 +78,7 @@ def find_faults(args: argparse.Namespace) -> Iterator[str]:
 def faults_of_images(annotations: CocoAnnotations, images_dir: Path, workers: int) -> Iterator[str]:
     """Decodes every image, with a progress bar."""
     dataset = ImageFaults(annotations, images_dir)
-    loader = DataLoader(
-        dataset, IMAGES_AT_A_TIME, num_workers=workers, collate_fn=list, worker_init_fn=utils.keep_freed_memory
-    )
+    loader = coco_utils.make_loader(dataset, workers, batch_size=IMAGES_AT_A_TIME, collate_fn=list)
     line, done = utils.LiveLine(), 0
     for faults in loader:
         done += len(faults)

@@ -1,6 +1,7 @@
 """Data in COCO's format: images, data sets, and the order of an epoch."""
 
 import io
+import multiprocessing
 import warnings
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+import utils
 from coco_annotations import CocoAnnotations, DataError
 from shared_files import SharedFiles
 
@@ -266,3 +268,24 @@ def collate(samples: list[dict], num_slots: int = 0) -> dict:
         missing = max(num_slots - slots.shape[1], 0)
         batch[key] = F.pad(slots, [0, 0] * (slots.dim() - 2) + [0, missing])
     return batch
+
+
+def make_loader(dataset: Dataset, workers: int, *, pin_memory: bool = False, **settings) -> DataLoader:
+    """A DataLoader with ``workers`` processes, started so that neither they nor the random state of a run can suffer.
+
+    The workers are forked from a server that has one thread. If this process were forked, they would inherit the locks
+    that its other threads hold at that moment, and could wait for them forever. (From 3.14 on, this is Python's way.)
+    """
+    context = None
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torchvision"])  # so that a worker need not import them
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=utils.keep_freed_memory,
+        multiprocessing_context=context,
+        generator=torch.Generator(),  # by default it would draw from the random state that checkpoints keep
+        **settings,
+    )

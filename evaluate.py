@@ -98,15 +98,7 @@ def evaluate(
     preset = presets.DetectionPresetEval(size=model.size)
     dataset = coco_utils.CocoEvalDataset(annotations, images_dir, preset, share, skip_bad_images)
     on_gpu = model.default_boxes.device.type == "cuda"
-    # its own generator: the loader must not draw from the random state that training keeps in its checkpoints
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        num_workers=workers,
-        pin_memory=on_gpu,
-        worker_init_fn=utils.keep_freed_memory,
-        generator=torch.Generator(),
-    )
+    loader = coco_utils.make_loader(dataset, workers, pin_memory=on_gpu, batch_size=batch_size)
     category_id_of = {label: category_id for category_id, label in annotations.label_of.items()}
     shares = utils.gather_to_main(detect(model, loader, category_id_of, autocast))
     if shares is None:

@@ -130,15 +130,13 @@ def make_dataset(
 def make_loader(
     args: argparse.Namespace, dataset: CocoTrainDataset, sampler: EpochBatchSampler, device: torch.device
 ) -> DataLoader:
-    return DataLoader(
+    return coco_utils.make_loader(
         dataset,
+        args.workers,
+        pin_memory=device.type == "cuda",
         batch_sampler=sampler,
-        num_workers=args.workers,
         # a compiled graph wants batches of one shape
         collate_fn=partial(coco_utils.collate, num_slots=dataset.max_boxes if args.compile else 0),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=utils.keep_freed_memory,
-        generator=torch.Generator(),  # see evaluate.evaluate
         persistent_workers=args.workers > 0,
     )
 

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -136,13 +135,8 @@ def measure_loader(root: Path, workers: int, rounds: int) -> dict[str, float]:
     """A DataLoader as in train.py: images per second by the clock, and the private memory of its largest worker."""
     dataset = open_data_set(root)
     sampler = coco_utils.EpochBatchSampler(len(dataset), BATCH_SIZE, SEED)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=coco_utils.collate,
-        worker_init_fn=utils.keep_freed_memory,
-        persistent_workers=True,
+    loader = coco_utils.make_loader(
+        dataset, workers, batch_sampler=sampler, collate_fn=coco_utils.collate, persistent_workers=True
     )
     rates = []
     for epoch in range(rounds + 1):
