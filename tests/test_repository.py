@@ -20,7 +20,7 @@ ALLOWED_IMPORTS = {
     "checkpoints": {"coco_annotations", "coco_utils", "utils", "ssd"},
     "presets": {"transforms"},
     "coco_eval": {"coco_annotations"},
-    "coco_utils": {"coco_annotations", "shared_files"},
+    "coco_utils": {"coco_annotations", "shared_files", "utils"},
     "check_data": {"evaluate", "coco_annotations", "coco_utils", "utils"},
     **{room: set() for room in ("transforms", "coco_annotations", "shared_files", "utils")},
     **{room: set() for room in ("pictures", "shapes", "ssd")},
