@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 import coco_annotations
 import coco_utils
-import evaluate
+import flags
 import utils
 from coco_annotations import CocoAnnotations, DataError
 
@@ -51,7 +51,7 @@ def find_faults(args: argparse.Namespace) -> Iterator[str]:
     """One line for each fault, as they are found; prints what was looked at."""
     checked = []
     for split in ("train", "val"):
-        images_dir, path = evaluate.name_data(args, split)
+        images_dir, path = flags.name_data(args, split)
         try:
             annotations, faults = coco_annotations.parse_annotations(path)
         except DataError as error:

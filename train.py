@@ -27,6 +27,7 @@ import coco_annotations
 import coco_eval
 import coco_utils
 import evaluate
+import flags
 import pictures
 import presets
 import shared_files
@@ -167,7 +168,7 @@ def validate(
         images_dir,
         batch_size=args.batch_size,
         workers=args.workers,
-        autocast=evaluate.make_autocast(state.model.default_boxes.device, args.amp),
+        autocast=flags.make_autocast(state.model.default_boxes.device, args.amp),
         scorer="hotcoco",
         skip_bad_images=args.on_bad_image == "skip",
     )
@@ -229,7 +230,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe", choices=list(presets.RECIPES), default=presets.DEFAULT_RECIPE, help="defaults for the other flags"
     )
-    evaluate.add_common_arguments(parser)
+    flags.add_common_arguments(parser)
     data = parser.add_argument_group("training data")
     data.add_argument("--train-images", help="image folder, for another layout than COCO's")
     data.add_argument("--train-annotations", help="annotation file, for another layout than COCO's")
@@ -243,14 +244,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument("--weights-backbone", help="enum name, file or 'none' (default: ImageNet weights)")
     model.add_argument(
         "--trainable-backbone-layers",
-        type=evaluate.not_negative,
+        type=flags.not_negative,
         help="stages that train, from the last (default: 4 of VGG)",
     )
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--epochs", type=evaluate.positive, help="default: %(default)s")
-    optimization.add_argument("--max-steps", type=evaluate.positive, help="stop after this many steps of the whole run")
+    optimization.add_argument("--epochs", type=flags.positive, help="default: %(default)s")
+    optimization.add_argument("--max-steps", type=flags.positive, help="stop after this many steps of the whole run")
     optimization.add_argument(
-        "--accumulate", type=evaluate.positive, default=1, help="batches of a process per step (default: %(default)s)"
+        "--accumulate", type=flags.positive, default=1, help="batches of a process per step (default: %(default)s)"
     )
     optimization.add_argument(
         "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="with torch.compile, in this mode of its"
@@ -267,19 +268,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     optimization.add_argument("--lr-gamma", type=float, help="factor at each of them (default: %(default)s)")
     optimization.add_argument(
-        "--seed", type=evaluate.not_negative, default=0, help="of weights, order and augmentation (default: 0)"
+        "--seed", type=flags.not_negative, default=0, help="of weights, order and augmentation (default: 0)"
     )
     optimization.add_argument("--use-deterministic-algorithms", action="store_true", help="slower on a GPU")
     progress = parser.add_argument_group("progress")
     progress.add_argument(
-        "--print-freq", type=evaluate.positive, default=20, help="steps between lines (default: %(default)s)"
+        "--print-freq", type=flags.positive, default=20, help="steps between lines (default: %(default)s)"
     )
     progress.add_argument(
-        "--eval-freq", type=evaluate.not_negative, default=1, help="epochs between evaluations, 0: never (default: 1)"
+        "--eval-freq", type=flags.not_negative, default=1, help="epochs between evaluations, 0: never (default: 1)"
     )
     progress.add_argument(
         "--checkpoint-freq",
-        type=evaluate.not_negative,
+        type=flags.not_negative,
         default=0,
         help="steps between checkpoints (default: every epoch)",
     )
@@ -305,8 +306,8 @@ def main(args: argparse.Namespace) -> None:
     torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
     torch.backends.cudnn.benchmark = not args.use_deterministic_algorithms
 
-    train_annotations, train_images = evaluate.open_data(args, "train")
-    val_annotations, val_images = evaluate.open_data(args, "val")
+    train_annotations, train_images = flags.open_data(args, "train")
+    val_annotations, val_images = flags.open_data(args, "val")
     coco_annotations.check_same_classes(train_annotations.classes, train_annotations.path, val_annotations)
     checkpoint = checkpoints.find_checkpoint(args)
     with utils.main_first():  # so that weights are downloaded once
@@ -333,7 +334,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         log.info(f"Continuing after {state.global_step} steps")
 
-    batch_losses = BatchLosses(model, preset, evaluate.make_autocast(device, args.amp))
+    batch_losses = BatchLosses(model, preset, flags.make_autocast(device, args.amp))
     if args.compile:
         log.info("Compiling: the first step takes longer, up to minutes")
         batch_losses.compile(mode=args.compile, fullgraph=True)

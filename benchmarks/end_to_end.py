@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from coco_like import draw_coco_like_data
 
-import evaluate
+import flags
 
 ROOT = Path(__file__).parent.parent
 NUM_LINES = 10  # of the log, in half of the steps
@@ -32,10 +32,10 @@ NUM_LINES = 10  # of the log, in half of the steps
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("-b", "--batch-size", type=evaluate.positive, default=128 if on_gpu else 4)
-    parser.add_argument("--steps", type=evaluate.positive, default=400 if on_gpu else 20)
-    parser.add_argument("--files", type=evaluate.positive, default=500 if on_gpu else 50)
-    args, flags = parser.parse_known_args()
+    parser.add_argument("-b", "--batch-size", type=flags.positive, default=128 if on_gpu else 4)
+    parser.add_argument("--steps", type=flags.positive, default=400 if on_gpu else 20)
+    parser.add_argument("--files", type=flags.positive, default=500 if on_gpu else 50)
+    args, train_flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         data, output = Path(folder) / "data", Path(folder) / "out"
         draw_coco_like_data(data, args.files, args.batch_size * args.steps)
@@ -43,7 +43,7 @@ def main() -> None:
         command = ["train.py", "--data-path", data, "--val-images", data / "train2017"]
         command += ["--val-annotations", train_annotations, "--weights-backbone", "none", "--cache", "ram"]
         command += ["--batch-size", args.batch_size, "--epochs", 1, "--eval-freq", 0, "--output-dir", output]
-        command += ["--print-freq", max(1, args.steps // (2 * NUM_LINES)), "--lr", 1e-4, *flags]
+        command += ["--print-freq", max(1, args.steps // (2 * NUM_LINES)), "--lr", 1e-4, *train_flags]
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     counted = [record for record in records if record["kind"] == "train"]
@@ -51,8 +51,8 @@ def main() -> None:
     rate = statistics.median(record["images/s"] for record in counted)
     waiting = sum(record["data"] for record in counted) / sum(record["time"] for record in counted)
     print(f"{rate:.1f} images/s; {100 * waiting:.1f} % of the time is spent in the loader")
-    device = torch.cuda.get_device_name() if on_gpu and "cpu" not in flags else "cpu"
-    print(json.dumps({"device": device, "flags": flags, "images/s": rate, "waiting": waiting}))
+    device = torch.cuda.get_device_name() if on_gpu and "cpu" not in train_flags else "cpu"
+    print(json.dumps({"device": device, "flags": train_flags, "images/s": rate, "waiting": waiting}))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from turns import take_turns
 
 import coco_annotations
 import coco_utils
-import evaluate
+import flags
 import presets
 import utils
 from coco_utils import CocoTrainDataset
@@ -152,8 +152,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", type=Path, help="folder in COCO's layout; its training images are used")
     parser.add_argument("--images", type=int, default=60, help="how many to make where no path is given")
-    parser.add_argument("--rounds", type=evaluate.positive, default=10)
-    parser.add_argument("--workers", type=evaluate.positive, default=2, help="of the DataLoader")
+    parser.add_argument("--rounds", type=flags.positive, default=10)
+    parser.add_argument("--workers", type=flags.positive, default=2, help="of the DataLoader")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_path or Path(folder) / "data"

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from turns import take_turns
 
-import evaluate
+import flags
 import ssd
 
 NUM_CLASSES = 91
@@ -106,9 +106,9 @@ def measure() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=evaluate.positive, default=32)
+    parser.add_argument("--batch-size", type=flags.positive, default=32)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=evaluate.positive, default=7)
+    parser.add_argument("--rounds", type=flags.positive, default=7)
     args = parser.parse_args()
     names = [name for name in VARIANTS if name != "ours compiled" or args.device == "cuda" or shutil.which("g++")]
     variants = {name: (name, args.device, args.batch_size) for name in names}

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from turns import take_turns
 
-import evaluate
+import flags
 import ssd
 
 NUM_CLASSES = 91
@@ -108,9 +108,9 @@ def count_differences(first: list[dict[str, Tensor]], second: list[dict[str, Ten
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=evaluate.positive, nargs="+", default=[1, 16])
+    parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[1, 16])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=evaluate.positive, default=5)
+    parser.add_argument("--rounds", type=flags.positive, default=5)
     args = parser.parse_args()
     report = {"device": args.device}
     for kind in PREDICTIONS:

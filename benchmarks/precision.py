@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import coco_annotations
 import coco_utils
-import evaluate
+import flags
 import presets
 import train
 import utils
@@ -43,7 +43,7 @@ def losses_and_gradients(
     torch._dynamo.reset()
     model = train.make_model(args, num_classes).to(args.device, memory_format=torch.channels_last).train()
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=model.size)
-    batch_losses = train.BatchLosses(model, preset, evaluate.make_autocast(torch.device(args.device), amp))
+    batch_losses = train.BatchLosses(model, preset, flags.make_autocast(torch.device(args.device), amp))
     if mode is not None:
         batch_losses.compile(mode=mode, fullgraph=True)
     optimizer = train.make_optimizer(args, model)
@@ -135,8 +135,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", type=Path, required=True, help="folder in COCO's layout")
     parser.add_argument("--weights-backbone", required=True, help="VGG16's")
-    parser.add_argument("--steps", type=evaluate.not_negative, default=200, help="of each run; 0 for none")
-    parser.add_argument("--batch-size", type=evaluate.positive, default=4)
+    parser.add_argument("--steps", type=flags.not_negative, default=200, help="of each run; 0 for none")
+    parser.add_argument("--batch-size", type=flags.positive, default=4)
     parser.add_argument("--lr", type=float, default=0.0005)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from turns import take_turns
 
 import evaluate
+import flags
 import presets
 import ssd
 import train
@@ -93,7 +94,7 @@ def make_ours(
     optimizer = train.make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = TrainingState(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, steps_per_epoch=10**9)
-    batch_losses = train.BatchLosses(model, preset, evaluate.make_autocast(device, amp))
+    batch_losses = train.BatchLosses(model, preset, flags.make_autocast(device, amp))
     if compile_mode is not None:
         batch_losses.compile(mode=compile_mode, fullgraph=True)
     batch = utils.to_device(make_batch(batch_size, model.size), device)
@@ -226,13 +227,13 @@ def list_variants(args: argparse.Namespace, batch_size: int, log_dir: str) -> di
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(ssd.MODELS), default="ssd300_vgg16")
-    parser.add_argument("--batch-size", type=evaluate.positive, nargs="+", default=[32])
+    parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[32])
     parser.add_argument("--amp", nargs="?", const="bf16", choices=list(evaluate.AMP_DTYPES), help="measure this too")
     parser.add_argument("--compile", nargs="*", choices=train.COMPILE_MODES, help="measure these too")
     parser.add_argument("--peer", action="store_true", help="measure torchvision too; its model is ssd300_vgg16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=evaluate.positive, help="timed steps of a round (default: 50, on a CPU 1)")
-    parser.add_argument("--rounds", type=evaluate.positive, default=3)
+    parser.add_argument("--steps", type=flags.positive, help="timed steps of a round (default: 50, on a CPU 1)")
+    parser.add_argument("--rounds", type=flags.positive, default=3)
     parser.add_argument("--profile", action="store_true", help="list the operations that take the most time")
     args = parser.parse_args()
     if args.peer and args.model != "ssd300_vgg16":

@@ -14,14 +14,15 @@ import train
 README = (ROOT / "README.md").read_text()
 PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
 ALLOWED_IMPORTS = {
-    "train": {"evaluate", "check_data", "checkpoints", "presets", "pictures", "shared_files", "utils", "ssd"}
+    "train": {"evaluate", "check_data", "checkpoints", "flags", "presets", "pictures", "shared_files", "utils", "ssd"}
     | {"coco_annotations", "coco_eval", "coco_utils"},
-    "evaluate": {"presets", "coco_annotations", "coco_eval", "coco_utils", "utils", "pictures", "shapes", "ssd"},
+    "evaluate": {"flags", "presets", "coco_annotations", "coco_eval", "coco_utils", "utils", "pictures", "ssd"},
+    "flags": {"coco_annotations", "shapes", "utils"},
     "checkpoints": {"coco_annotations", "coco_utils", "utils", "ssd"},
     "presets": {"transforms"},
     "coco_eval": {"coco_annotations"},
     "coco_utils": {"coco_annotations", "shared_files", "utils"},
-    "check_data": {"evaluate", "coco_annotations", "coco_utils", "utils"},
+    "check_data": {"flags", "coco_annotations", "coco_utils", "utils"},
     **{room: set() for room in ("transforms", "coco_annotations", "shared_files", "utils")},
     **{room: set() for room in ("pictures", "shapes", "ssd")},
 }
@@ -47,7 +48,10 @@ def test_readme_and_parsers_name_the_same_flags():
 
 @pytest.mark.parametrize(
     ("script", "readers"),
-    [("train.py", ("train.py", "evaluate.py", "checkpoints.py", "check_data.py")), ("evaluate.py", ("evaluate.py",))],
+    [
+        ("train.py", ("train.py", "flags.py", "checkpoints.py", "check_data.py")),
+        ("evaluate.py", ("evaluate.py", "flags.py")),
+    ],
 )
 def test_every_flag_is_read(script, readers):
     read = set()

@@ -16,6 +16,7 @@ import coco_annotations
 import coco_eval
 import coco_utils
 import evaluate
+import flags
 import train
 import utils
 
@@ -356,8 +357,8 @@ def test_compiled_processes_take_the_steps_of_plain_ones(run, data_path, tmp_pat
     command = ["train.py", *SMALL[:-1], 2, "--data-path", data_path, "--eval-freq", 0, "--workers", 0]
     command += ["--accumulate", 2, "--max-steps", 2, "--print-freq", 1]
     losses = []
-    for name, flags in (("plain", []), ("compiled", ["--compile"])):
-        run(*command, *flags, "--output-dir", tmp_path / name, processes=2)
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
+        run(*command, *extra, "--output-dir", tmp_path / name, processes=2)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -488,7 +489,7 @@ def test_broken_weights_are_no_perfect_detector(data_path, tmp_path):
     model = evaluate.ssd.ssd300_resnet18(weights_backbone=None, num_classes=7)
     model.head.regression_head.module_list[0].bias.data.fill_(float("nan"))
     a = coco_annotations.read_annotations(data_path / "annotations/instances_val2017.json")
-    settings = {"batch_size": 2, "workers": 0, "autocast": evaluate.make_autocast(torch.device("cpu"), None)}
+    settings = {"batch_size": 2, "workers": 0, "autocast": flags.make_autocast(torch.device("cpu"), None)}
     with pytest.raises(FloatingPointError, match=r"not finite on images \[1, 2\]"):
         evaluate.evaluate(model, a, data_path / "val2017", scorer="pycocotools", **settings)
 
