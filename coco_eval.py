@@ -1,4 +1,4 @@
-"""COCO's way to score: detections as COCO results, and the twelve metrics of pycocotools or hotcoco.
+"""COCO's way to score: detections as COCO results, the twelve metrics of pycocotools or hotcoco, and the mistakes.
 
 The only room that knows their API.
 """
@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,28 @@ import coco_annotations
 from coco_annotations import CocoAnnotations, DataError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+# what a diagnosis looks at: less sure detections are many, and nobody would call them mistakes
+MIN_DIAGNOSED_SCORE = 0.05
+MATCHING_IOU = 0.5
+
+
+@dataclass(frozen=True)
+class Scores:
+    """COCO's scores of a set of detections."""
+
+    metrics: dict  # see ``score_detections``
+    precision: ndarray  # at IOU_THRESHOLDS x RECALLS, mean over classes; nan where there is no ground truth
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Which detections are right, matched as COCO does: within a class, the surest first, from an IoU of 0.5."""
+
+    detections: ndarray  # float64 [N, 7], those of MIN_DIAGNOSED_SCORE or more, as ``detections_to_array`` makes them
+    found: ndarray  # int64 [N], the id of the annotation that each one found; 0 for none
+    is_false: ndarray  # bool [N], it found none, nor does it lie in a crowd of its class
 
 
 def detections_to_array(image_id: int, detections: dict[str, Tensor], category_id_of: dict[int, int]) -> ndarray:
@@ -96,7 +119,7 @@ def ground_truth(annotations: CocoAnnotations) -> dict:
     }
 
 
-def score_detections(annotations: CocoAnnotations, detections: ndarray, scorer: str) -> dict:
+def score_detections(annotations: CocoAnnotations, detections: ndarray, scorer: str) -> Scores:
     """Scores an array of detections [N, 7] as COCO does.
 
     Args:
@@ -105,20 +128,12 @@ def score_detections(annotations: CocoAnnotations, detections: ndarray, scorer: 
         scorer: ``pycocotools``, which gives the published figure, or ``hotcoco``, which gives the same much faster.
 
     Returns:
-        The twelve COCO metrics by name (None where there is no ground truth to measure); ``per_class`` by category name
-        AP, AP50 and the numbers of boxes (without crowds) and detections; and ``counts`` of images, boxes (crowds
-        included) and detections.
+        As ``metrics`` the twelve COCO metrics by name (None where there is no ground truth to measure); ``per_class``
+        by category name AP, AP50 and the numbers of boxes (without crowds) and detections; and ``counts`` of images,
+        boxes (crowds included) and detections.
     """
-    if scorer == "hotcoco":
-        from hotcoco import COCO, COCOeval
-    else:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    truth = ground_truth(annotations)
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = coco_of(COCO, truth)
-        results = coco.loadRes(detections) if len(detections) else coco_of(COCO, truth | {"annotations": []})
-        evaluator = COCOeval(coco, results, "bbox")
+        evaluator = make_evaluator(annotations, detections, scorer)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
@@ -135,7 +150,49 @@ def score_detections(annotations: CocoAnnotations, detections: ndarray, scorer: 
     }
     metrics = {name: known_or_none(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
     counts = {"images": len(annotations.image_ids), "boxes": len(annotations.boxes), "detections": len(detections)}
-    return metrics | {"per_class": per_class, "counts": counts}
+    has_objects = (precision > -1).all(axis=(0, 1))
+    mean = precision[:, :, has_objects].mean(axis=2) if has_objects.any() else np.full(precision.shape[:2], np.nan)
+    return Scores(metrics | {"per_class": per_class, "counts": counts}, mean)
+
+
+def make_evaluator(annotations: CocoAnnotations, detections: ndarray, scorer: str):
+    """COCO's evaluator of either library."""
+    if scorer == "hotcoco":
+        from hotcoco import COCO, COCOeval
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    truth = ground_truth(annotations)
+    coco = coco_of(COCO, truth)
+    results = coco.loadRes(detections) if len(detections) else coco_of(COCO, truth | {"annotations": []})
+    return COCOeval(coco, results, "bbox")
+
+
+def diagnose(annotations: CocoAnnotations, detections: ndarray) -> Diagnosis:
+    """Tells right from false among an array of detections [N, 7]."""
+    detections = detections[detections[:, 5] >= MIN_DIAGNOSED_SCORE]
+    evaluator = make_evaluator(annotations, detections, "hotcoco")
+    evaluator.evaluate()
+    matches = evaluator.image_diagnostics(iou_thr=MATCHING_IOU)
+    numbers = range(1, len(detections) + 1)  # which hotcoco knows the detections by; it leaves out those in crowds
+    return Diagnosis(
+        detections,
+        found=np.array([matches["dt_match"].get(number, 0) for number in numbers], dtype=np.int64),
+        is_false=np.array([matches["dt_status"].get(number) == "fp" for number in numbers], dtype=bool),
+    )
+
+
+def confusion_matrix(annotations: CocoAnnotations, diagnosis: Diagnosis, min_score: float) -> ndarray:
+    """Counts of true class (rows) by detected class (columns) at an IoU of 0.5: int64 [K + 1, K + 1].
+
+    Classes are in the order of ``annotations.categories``. The last row has detections where no object is, the last
+    column objects that were not found. A detection takes the object that it overlaps most, whatever its class.
+    """
+    counted = (diagnosis.is_false | (diagnosis.found > 0)) & (diagnosis.detections[:, 5] >= min_score)
+    evaluator = make_evaluator(annotations, diagnosis.detections[counted], "hotcoco")
+    found = evaluator.confusion_matrix(iou_thr=MATCHING_IOU)
+    order = [*(found["cat_ids"].index(category_id) for category_id in annotations.categories), -1]
+    return found["matrix"][np.ix_(order, order)].astype(np.int64)
 
 
 def format_table(metrics: dict) -> str:

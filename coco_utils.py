@@ -1,8 +1,10 @@
 """Data in COCO's format: images, data sets, and the order of an epoch."""
 
+import contextlib
 import io
 import multiprocessing
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,48 @@ WIDE_MODES = ("I", "I;16")  # what Pillow calls PNG files of 16 bits, by version
 MIN_BOX_SIDE = 0.01  # pixels; the sides of smaller boxes may round to zero when they are cropped and resized
 
 
-def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content: bytes | None = None) -> ndarray:
+@contextlib.contextmanager
+def open_image(file: Path | io.BytesIO, where: str) -> Iterator[Image.Image]:
+    """Opens a JPEG or PNG file, and while it is in use turns what Pillow has to say into errors for the user.
+
+    Raises:
+        DataError: the file is missing, damaged or of an unknown kind. ``where`` is what the error names.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=["JPEG", "PNG"])
+        with image:
+            yield image
+    except FileNotFoundError:
+        raise DataError(f"{where}: no such file; check the image folder") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{where}: is a decompression bomb, with more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: is empty, or neither JPEG nor PNG; replace the file or remove the image") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
+        reason = " ".join(str(error).split())
+        raise DataError(f"{where}: cannot be decoded ({reason}); replace the file or remove the image") from None
+
+
+def to_pixels(image: Image.Image, where: str) -> ndarray:
     """Decodes an image to uint8 [H, W, 4]: RGB and a byte without meaning; pixels of four bytes are gathered fastest.
 
-    EXIF rotation is ignored, since COCO's boxes are not rotated. Grey, palette and CMYK images become RGB, and
-    transparency is dropped.
+    Grey, palette and CMYK images become RGB, and transparency is dropped.
+
+    Raises:
+        DataError: it has more than 8 bits per channel.
+    """
+    if image.mode in WIDE_MODES:
+        raise DataError(f"{where}: has more than 8 bits per channel; convert it to 8")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return np.frombuffer(rgb.tobytes("raw", "RGBX"), np.uint8).reshape(image.height, image.width, 4)
+
+
+def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content: bytes | None = None) -> ndarray:
+    """Decodes an image, see ``to_pixels``. EXIF rotation is ignored, since COCO's boxes are not rotated.
 
     Args:
         annotations: what names the image.
@@ -39,31 +78,13 @@ def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content
     path = images_dir / annotations.file_name(row)
     where = f"{path} (image id {annotations.image_ids[row]})"
     height, width = annotations.sizes[row].tolist()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content) if content else path, formats=["JPEG", "PNG"])
-        with image:
-            if image.size != (width, height):
-                raise DataError(
-                    f"{where}: is {image.width}x{image.height} pixels, but {annotations.path} says {width}x{height}; "
-                    "correct one of them"
-                )
-            if image.mode in WIDE_MODES:
-                raise DataError(f"{where}: has more than 8 bits per channel; convert it to 8")
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-            return np.frombuffer(rgb.tobytes("raw", "RGBX"), np.uint8).reshape(height, width, 4)
-    except FileNotFoundError:
-        raise DataError(f"{where}: no such file; check the image folder") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{where}: is a decompression bomb, with more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except DataError:
-        raise
-    except UnidentifiedImageError:
-        raise DataError(f"{where}: is empty, or neither JPEG nor PNG; replace the file or remove the image") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
-        reason = " ".join(str(error).split())
-        raise DataError(f"{where}: cannot be decoded ({reason}); replace the file or remove the image") from None
+    with open_image(io.BytesIO(content) if content else path, where) as image:
+        if image.size != (width, height):
+            raise DataError(
+                f"{where}: is {image.width}x{image.height} pixels, but {annotations.path} says {width}x{height}; "
+                "correct one of them"
+            )
+        return to_pixels(image, where)
 
 
 def fault_of_image(annotations: CocoAnnotations, images_dir: Path, row: int) -> str:
@@ -103,6 +124,15 @@ def is_object(annotations: CocoAnnotations) -> ndarray:
     """Which boxes are trained on: bool [boxes]."""
     sizes = np.repeat(annotations.sizes, np.diff(annotations.offsets), axis=0)
     return has_area(clip_boxes(annotations.boxes, sizes)) & ~annotations.is_crowd
+
+
+def objects_of_image(annotations: CocoAnnotations, row: int) -> tuple[ndarray, ndarray]:
+    """What SSD is to find in an image: boxes float32 [G, 4], xyxy in its pixels, and labels int64 [G]."""
+    span = slice(*annotations.offsets[row : row + 2])
+    boxes = clip_boxes(annotations.boxes[span], annotations.sizes[row])
+    kept = has_area(boxes) & ~annotations.is_crowd[span]
+    labels = [annotations.label_of[category_id] for category_id in annotations.category_ids[span].tolist()]
+    return boxes[kept], np.array(labels, dtype=np.int64)[kept]
 
 
 class CocoTrainDataset(Dataset):
@@ -150,18 +180,10 @@ class CocoTrainDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def objects(self, row: int) -> tuple[ndarray, ndarray]:
-        """What to find in an image: boxes float32 [G, 4], xyxy in its pixels, and labels int64 [G]."""
-        a, span = self.annotations, slice(*self.annotations.offsets[row : row + 2])
-        boxes = clip_boxes(a.boxes[span], a.sizes[row])
-        kept = has_area(boxes) & ~a.is_crowd[span]
-        labels = np.array([a.label_of[category_id] for category_id in a.category_ids[span].tolist()], dtype=np.int64)
-        return boxes[kept], labels[kept]
-
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         row = self.rows[index]
-        boxes, labels = self.objects(row)
+        boxes, labels = objects_of_image(self.annotations, row)
         content = self.files[row] if self.files else None
         image, fault = load_or_skip(self.annotations, self.images_dir, row, self.skip_bad_images, content)
         if fault:
@@ -172,40 +194,37 @@ class CocoTrainDataset(Dataset):
 
 
 class CocoEvalDataset(Dataset):
-    """Every image of the annotations, resized for the model, with its id and original size.
+    """Every image of the annotations, resized for the model, with its objects, id and original size.
 
     Args:
-        annotations: the images.
+        annotations: the images, and what is in them.
         images_dir: folder of the images.
-        preset: ``image -> Tensor``.
-        rows: which images to serve, as rows of the annotations; a rank's share of them.
+        preset: ``(image, boxes) -> sample``.
         skip_bad_images: as for training.
     """
 
-    def __init__(
-        self,
-        annotations: CocoAnnotations,
-        images_dir: str | Path,
-        preset,
-        rows: range,
-        skip_bad_images: bool = False,
-    ):
+    def __init__(self, annotations: CocoAnnotations, images_dir: str | Path, preset, skip_bad_images: bool = False):
         self.annotations = annotations
         self.images_dir = Path(images_dir)
         self.preset = preset
-        self.rows = rows
         self.skip_bad_images = skip_bad_images
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    def image_ids(self) -> ndarray:
+        return self.annotations.image_ids
 
-    def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, row: int) -> dict:
+        boxes, labels = objects_of_image(self.annotations, row)
         image, fault = load_or_skip(self.annotations, self.images_dir, row, self.skip_bad_images)
-        return {
-            "image": self.preset(image),
+        if fault:
+            boxes, labels = boxes[:0], labels[:0]
+        return self.preset(image, boxes) | {
+            "labels": torch.from_numpy(labels),
             "fault": fault,
-            "image_id": int(self.annotations.image_ids[row]),
+            "image_id": int(self.image_ids[row]),
             "size": torch.tensor(self.annotations.sizes[row]),
         }
 

@@ -75,10 +75,18 @@ class DetectionPresetEval:
     def __init__(self, *, size: int):
         self.size = size
 
-    def __call__(self, image: ndarray) -> Tensor:
-        """uint8 [H, W, 4] -> float32 [3, size, size], 0 to 255."""
-        pixels, _ = T.resample(image, T.View(0, 0, image.shape[1], image.shape[0]), self.size, np.float32)
-        return pixels
+    def __call__(self, image: ndarray, boxes: ndarray) -> dict:
+        """
+        Args:
+            image: uint8 [H, W, 4], RGB and a byte without meaning.
+            boxes: float32 [G, 4], xyxy in pixels of ``image``.
+
+        Returns:
+            ``image`` float32 [3, size, size], 0 to 255, and ``boxes`` in its pixels.
+        """
+        view = T.View(0, 0, image.shape[1], image.shape[0])
+        pixels, _ = T.resample(image, view, self.size, np.float32)
+        return {"image": pixels, "boxes": torch.from_numpy(T.project_boxes(boxes, view, self.size))}
 
 
 # name -> values of train.py's flags, and the global batch that its learning rate is tuned for.

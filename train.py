@@ -10,7 +10,6 @@ import argparse
 import bisect
 import json
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,7 +23,6 @@ from torch.utils.data import DataLoader
 import check_data
 import checkpoints
 import coco_annotations
-import coco_eval
 import coco_utils
 import evaluate
 import flags
@@ -38,6 +36,7 @@ from coco_annotations import CocoAnnotations
 from coco_utils import CocoTrainDataset, EpochBatchSampler
 from presets import DetectionPresetTrain
 from shared_files import SharedFiles
+from validation import Validation
 
 WARMUP_STEPS = 1000
 WARMUP_START = 1 / 1000
@@ -153,40 +152,6 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     return torch.optim.SGD(
         parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=nesterov, fused=fused
     )
-
-
-def validate(
-    args: argparse.Namespace, state: TrainingState, val: tuple[CocoAnnotations, Path], log: utils.RunLog
-) -> bool:
-    """Scores the model, logs and draws what it found. Returns, on the main process, whether it is the best so far."""
-    annotations, images_dir = val
-    start = time.perf_counter()
-    utils.broadcast_buffers(state.model)
-    result = evaluate.evaluate(
-        state.model,
-        annotations,
-        images_dir,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        autocast=flags.make_autocast(state.model.default_boxes.device, args.amp),
-        scorer="hotcoco",
-        skip_bad_images=args.on_bad_image == "skip",
-    )
-    state.evaluated_step = state.global_step
-    if result is None:
-        return False
-    metrics, detections = result
-    epoch = (state.global_step - 1) // state.steps_per_epoch
-    log.info(f"Evaluation in epoch {epoch}: {time.perf_counter() - start:.1f} s\n{coco_eval.format_table(metrics)}")
-    log.metrics("val", state.global_step, {name: metrics[name] for name in coco_eval.METRICS}, epoch=epoch)
-    drawn = evaluate.draw_detections(annotations, images_dir, detections, NUM_LOGGED_IMAGES)
-    evaluate.write_pictures(Path(args.output_dir), drawn)
-    for number, picture in enumerate(drawn):
-        log.image(f"detections/{number}", picture, state.global_step)
-    is_best = metrics["AP"] is not None and metrics["AP"] > state.best_ap
-    if is_best:
-        state.best_ap = metrics["AP"]
-    return is_best
 
 
 def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: utils.RunLog) -> None:
@@ -342,13 +307,20 @@ def main(args: argparse.Namespace) -> None:
     last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
     origin = checkpoints.describe_origin(args, dataset)
 
-    def save(name: str) -> None:
-        checkpoints.save_checkpoint(state.state_dict() | origin, output_dir / name)
+    def save_best(best: dict) -> None:
+        checkpoints.save_checkpoint(best | origin, output_dir / "best.pth")
+
+    validation = Validation(args, state, val_annotations, val_images, log, save_best)
+
+    def save() -> None:
+        validation.settle()
+        checkpoints.save_checkpoint(state.state_dict() | origin, output_dir / "checkpoint.pth")
 
     def after_step(step_log: utils.StepLog) -> None:
+        validation.settle(wait=False)
         if args.checkpoint_freq and state.global_step % args.checkpoint_freq == 0:
             step_log.before_checkpoint()
-            save("checkpoint.pth")
+            save()
 
     def evaluation_is_due() -> bool:
         epochs, steps = divmod(state.global_step, sampler.steps_per_epoch)
@@ -358,9 +330,7 @@ def main(args: argparse.Namespace) -> None:
     # Evaluation comes first, so that a run resumed between an epoch and its evaluation makes up for it.
     while True:
         if args.eval_freq and evaluation_is_due():
-            if validate(args, state, (val_annotations, val_images), log):
-                save("best.pth")
-            save("checkpoint.pth")
+            validation.begin()
         if state.global_step >= last_step:
             break
         epoch, first_step = divmod(state.global_step, sampler.steps_per_epoch)
@@ -375,7 +345,8 @@ def main(args: argparse.Namespace) -> None:
             print_freq=args.print_freq,
         )
         train_one_epoch(state, batch_losses, loader, step_log, after_step)
-        save("checkpoint.pth")
+        save()
+    save()  # with the evaluation of the last epoch
     if log.num_skipped:
         log.info(f"Skipped {log.num_skipped} samples, whose images could not be read")
     log.info(f"Done: {state.global_step} steps; everything is in {output_dir} (tensorboard --logdir {output_dir})")

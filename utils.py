@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -334,6 +336,19 @@ class RunLog:
         """Logs a uint8 image [3, H, W] to TensorBoard."""
         if self.enabled:
             self.tensorboard.add_image(tag, image, step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Logs text with the line breaks and columns that it has to TensorBoard."""
+        if self.enabled:
+            self.tensorboard.add_text(tag, f"```\n{text}\n```", step)
+
+    def curve(self, tag: str, step: int, *, right: ndarray, false: ndarray, missed: ndarray) -> None:
+        """Logs precision and recall to TensorBoard, from counts for score thresholds that rise evenly from 0 to 1."""
+        if self.enabled:
+            detections, objects = right + false, right + missed
+            precision, recall = (right / np.maximum(total, 1) for total in (detections, objects))
+            counts = (right, false, np.zeros_like(right), missed)
+            self.tensorboard.add_pr_curve_raw(tag, *counts, precision, recall, step, num_thresholds=len(right))
 
     def close(self) -> None:
         if self.enabled:

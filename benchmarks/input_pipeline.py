@@ -71,7 +71,7 @@ def reference(dataset: CocoTrainDataset) -> None:
     mean = torch.tensor([0.48235, 0.45882, 0.40784]).view(3, 1, 1)
     for row in dataset.rows:
         image = Image.open(dataset.images_dir / dataset.annotations.file_name(row)).convert("RGB")
-        boxes, labels = dataset.objects(row)
+        boxes, labels = coco_utils.objects_of_image(dataset.annotations, row)
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width)),
             "labels": torch.from_numpy(labels),

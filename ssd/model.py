@@ -112,6 +112,12 @@ class SSD(nn.Module):
         Returns:
             The scalars ``bbox_regression`` and ``classification``; their sum is the training loss.
         """
+        sums = self.sum_losses(outputs, boxes, labels)
+        normalizer = sums.pop("positives").sum().clamp(min=1)
+        return {name: per_image.sum() / normalizer for name, per_image in sums.items()}
+
+    def sum_losses(self, outputs: dict[str, Tensor], boxes: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The terms of ``compute_loss`` before the division, and ``positives``, what to divide by: each [B]."""
         if boxes.shape[1] == 0:
             boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1))
         matches = self.match(boxes, labels > 0)  # [B, A]
@@ -133,10 +139,12 @@ class SSD(nn.Module):
         # Hard negative mining (paper section 2.2): of the negatives, only those with the highest loss count.
         negative_loss = class_loss.masked_fill(positive, 0).sort(dim=1, descending=True).values
         is_hard = torch.arange(len(self.default_boxes), device=boxes.device) < self.neg_to_pos_ratio * num_positives
-        classification = torch.where(positive, class_loss, 0).sum() + torch.where(is_hard, negative_loss, 0).sum()
-
-        normalizer = num_positives.sum().clamp(min=1)
-        return {"bbox_regression": box_loss.sum() / normalizer, "classification": classification / normalizer}
+        counted = torch.where(positive, class_loss, 0), torch.where(is_hard, negative_loss, 0)
+        return {
+            "bbox_regression": box_loss.sum(dim=(1, 2)),
+            "classification": sum(losses.sum(dim=1) for losses in counted),
+            "positives": num_positives.squeeze(1),
+        }
 
     @torch.no_grad()
     def postprocess_detections(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:

@@ -35,7 +35,7 @@ def test_both_scorers_equal_plain_pycocotools_to_the_last_digit(tmp_path, data_p
     coco_eval.write_results(tmp_path / "detections.json", detections)
     expected = pycocotools_stats(annotation_file, tmp_path / "detections.json")
     assert 0.1 < expected[0] < 0.9
-    scored = [coco_eval.score_detections(a, detections, scorer) for scorer in ("pycocotools", "hotcoco")]
+    scored = [coco_eval.score_detections(a, detections, scorer).metrics for scorer in ("pycocotools", "hotcoco")]
     assert scored[0] == scored[1]
     assert [-1 if scored[0][name] is None else scored[0][name] for name in coco_eval.METRICS] == expected
 
@@ -49,7 +49,7 @@ def test_no_detections_score_zero_and_absent_classes_are_unknown(tmp_path, score
     }
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     a = coco_annotations.read_annotations(tmp_path / "annotations.json")
-    metrics = coco_eval.score_detections(a, np.zeros((0, 7)), scorer)
+    metrics = coco_eval.score_detections(a, np.zeros((0, 7)), scorer).metrics
     assert metrics["AP"] == 0
     assert metrics["APl"] is None
     assert metrics["per_class"] == {
@@ -67,13 +67,13 @@ def test_table_is_that_of_pycocotools(data_path, capsys, tmp_path):
     coco_eval.write_results(tmp_path / "detections.json", detections)
     pycocotools_stats(annotation_file, tmp_path / "detections.json")
     printed = [line for line in capsys.readouterr().out.splitlines() if "@[" in line]
-    assert coco_eval.format_table(coco_eval.score_detections(a, detections, "hotcoco")).splitlines() == printed
+    assert coco_eval.format_table(coco_eval.score_detections(a, detections, "hotcoco").metrics).splitlines() == printed
 
 
 def test_scores_of_a_class_are_those_of_the_class_alone(data_path):
     a = coco_annotations.read_annotations(data_path / "annotations/instances_train2017.json")
     detections = fake_detections(a)
-    metrics = coco_eval.score_detections(a, detections, "hotcoco")
+    metrics = coco_eval.score_detections(a, detections, "hotcoco").metrics
     assert a.is_crowd.any()
     truth = coco_eval.coco_of(COCO, coco_eval.ground_truth(a))
     for category_id, name in a.categories.items():

@@ -36,7 +36,7 @@ def test_what_is_trained_on(write):
     )
     assert len(dataset) == 1
     assert dataset.num_boxes == dataset.max_boxes == 2
-    boxes, labels = dataset.objects(0)
+    boxes, labels = coco_utils.objects_of_image(dataset.annotations, 0)
     assert boxes.tolist() == [[0, 0, 20, 20], [90, 70, 100, 80]]
     assert labels.tolist() == [3, 7]
 
@@ -116,13 +116,17 @@ def test_fewer_processes_that_accumulate_share_the_same_steps(world_size, accumu
     assert steps == [list(batches) for batches in zip(*eight, strict=True)]
 
 
-def test_evaluation_serves_every_image_of_a_share(data_path):
+def test_evaluation_serves_every_image_with_its_objects(data_path):
     a = coco_annotations.read_annotations(data_path / "annotations/instances_val2017.json")
-    dataset = CocoEvalDataset(a, data_path / "val2017", DetectionPresetEval(size=64), range(1, 7, 2))
+    dataset = CocoEvalDataset(a, data_path / "val2017", DetectionPresetEval(size=64))
     samples = [dataset[i] for i in range(len(dataset))]
-    assert [sample["image_id"] for sample in samples] == a.image_ids[1:7:2].tolist()
-    assert samples[0]["image"].shape == (3, 64, 64)
-    assert samples[0]["size"].tolist() == a.sizes[1].tolist()
+    assert [sample["image_id"] for sample in samples] == a.image_ids.tolist()
+    assert samples[1]["image"].shape == (3, 64, 64)
+    assert samples[1]["size"].tolist() == a.sizes[1].tolist()
+    boxes, labels = coco_utils.objects_of_image(a, 1)
+    height, width = a.sizes[1]
+    np.testing.assert_allclose(samples[1]["boxes"] * torch.tensor([width, height] * 2) / 64, boxes, atol=1e-3)
+    assert samples[1]["labels"].tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK", "RGB"])
@@ -188,11 +192,11 @@ def test_skipping_serves_a_sample_without_objects(tmp_path, write):
     assert batch["labels"][0].tolist() == [0]
     assert batch["labels"][1].tolist() == [3]
     assert batch["image"][0].max() == 0
-    evaluated = CocoEvalDataset(a, tmp_path, DetectionPresetEval(size=64), range(3), skip_bad_images=True)
+    evaluated = CocoEvalDataset(a, tmp_path, DetectionPresetEval(size=64), skip_bad_images=True)
     assert [bool(evaluated[i]["fault"]) for i in range(3)] == [True, False, True]
     assert evaluated[0]["size"].tolist() == [80, 100]
     with pytest.raises(DataError, match="image id 3"):
-        CocoEvalDataset(a, tmp_path, DetectionPresetEval(size=64), range(3))[2]
+        CocoEvalDataset(a, tmp_path, DetectionPresetEval(size=64))[2]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

@@ -14,9 +14,13 @@ import train
 README = (ROOT / "README.md").read_text()
 PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
 ALLOWED_IMPORTS = {
-    "train": {"evaluate", "check_data", "checkpoints", "flags", "presets", "pictures", "shared_files", "utils", "ssd"}
-    | {"coco_annotations", "coco_eval", "coco_utils"},
-    "evaluate": {"flags", "presets", "coco_annotations", "coco_eval", "coco_utils", "utils", "pictures", "ssd"},
+    "train": {"evaluate", "validation", "check_data", "checkpoints", "flags", "presets", "pictures", "shared_files"}
+    | {"coco_annotations", "coco_utils", "utils", "ssd"},
+    "validation": {"evaluate", "reports", "checkpoints", "coco_annotations", "coco_eval", "utils"},
+    "evaluate": {"flags", "own_images", "presets", "reports", "coco_annotations", "coco_eval", "coco_utils", "utils"}
+    | {"ssd"},
+    "own_images": {"reports", "coco_annotations", "coco_utils", "pictures"},
+    "reports": {"coco_annotations", "coco_eval", "coco_utils", "pictures", "plots"},
     "flags": {"coco_annotations", "shapes", "utils"},
     "checkpoints": {"coco_annotations", "coco_utils", "utils", "ssd"},
     "presets": {"transforms"},
@@ -24,7 +28,7 @@ ALLOWED_IMPORTS = {
     "coco_utils": {"coco_annotations", "shared_files", "utils"},
     "check_data": {"flags", "coco_annotations", "coco_utils", "utils"},
     **{room: set() for room in ("transforms", "coco_annotations", "shared_files", "utils")},
-    **{room: set() for room in ("pictures", "shapes", "ssd")},
+    **{room: set() for room in ("pictures", "plots", "shapes", "ssd")},
 }
 
 
@@ -49,7 +53,7 @@ def test_readme_and_parsers_name_the_same_flags():
 @pytest.mark.parametrize(
     ("script", "readers"),
     [
-        ("train.py", ("train.py", "flags.py", "checkpoints.py", "check_data.py")),
+        ("train.py", ("train.py", "evaluate.py", "flags.py", "validation.py", "checkpoints.py", "check_data.py")),
         ("evaluate.py", ("evaluate.py", "flags.py")),
     ],
 )

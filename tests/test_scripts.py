@@ -16,7 +16,6 @@ import coco_annotations
 import coco_eval
 import coco_utils
 import evaluate
-import flags
 import train
 import utils
 
@@ -50,7 +49,9 @@ def test_training_writes_what_the_readme_promises(trained):
     names = {path.name for path in output.iterdir()}
     assert {"checkpoint.pth", "best.pth", "metrics.jsonl", "args.json", "pictures"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert len(list((output / "pictures").iterdir())) == 7
+    drawn = {path.name for path in (output / "pictures").iterdir()}
+    assert len(drawn) == 7 + 2
+    assert {"precision_recall.png", "confusion_matrix.png", "0000_000001.png"} <= drawn
     assert "Training on" in console
     assert "Classes (6): circle, square, triangle, star, ring, cross" in console
     assert "Learning rate 0.002 for a global batch of 3 (1 x 3 images); the recipe lr_scheme is tuned for 32" in console
@@ -81,23 +82,31 @@ def test_tensorboard_has_scalars_and_pictures(trained):
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "train/bbox_regression", "train/classification", "train/lr", "train/images/s"} <= scalars
     assert {f"val/{name}" for name in ("AP", "AP50", "AR100")} <= scalars
-    assert {"inputs", "detections/0"} <= set(events.Tags()["images"])
+    charts = {"charts/precision_recall", "charts/confusion_matrix"}
+    assert {"inputs", "detections/0000_000001"} | charts <= set(events.Tags()["images"])
+    tensors = events.Tags()["tensors"]
+    assert {"classes/text_summary", "precision_recall_at_IoU_0.50"} <= set(tensors)
+    assert b"circle" in events.Tensors("classes/text_summary")[0].tensor_proto.string_val[0]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained, data_path, tmp_path, processes):
+def evaluation_of(trained, data_path, output_dir) -> list:
+    command = ["evaluate.py", "--checkpoint", trained[0] / "checkpoint.pth", "--data-path", data_path]
+    return [*command, "--device", "cpu", "--workers", 0, "--batch-size", 2, "--output-dir", output_dir]
+
+
+def test_results_do_not_depend_on_the_number_of_processes(run, trained, data_path, tmp_path, monkeypatch):
     """Seven images do not divide evenly among processes and batches, and none may be lost or come twice."""
-    command = [
-        "evaluate.py",
-        "--checkpoint",
-        trained[0] / "checkpoint.pth",
-        "--data-path",
-        data_path,
-        "--device",
-        "cpu",
-    ]
-    command += ["--workers", 0, "--batch-size", 2, "--output-dir", tmp_path, "--pictures", 2]
-    console = run(*command, processes=processes).stdout
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as under torchrun: rounding depends on the threads of a process
+    for processes in (1, 2, 3):
+        run(*evaluation_of(trained, data_path, tmp_path / str(processes)), "--val-loss", processes=processes)
+    for name in ("metrics.json", "detections.json"):
+        one, two, three = ((tmp_path / folder / name).read_text() for folder in "123")
+        assert one == two == three
+    assert json.loads((tmp_path / "1/metrics.json").read_text())["loss"]["loss"] > 0
+
+
+def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained, data_path, tmp_path):
+    console = run(*evaluation_of(trained, data_path, tmp_path), "--pictures", 2).stdout
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     in_training = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[-1])
     assert {name: metrics[name] for name in coco_eval.METRICS} == pytest.approx(
@@ -105,7 +114,7 @@ def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained,
     )
     assert metrics["counts"]["images"] == 7
     assert coco_eval.format_table(metrics) in console
-    assert len(list((tmp_path / "pictures").iterdir())) == 2
+    assert len(list((tmp_path / "pictures").iterdir())) == 2 + 2
 
     expected = pycocotools_stats(data_path / "annotations/instances_val2017.json", tmp_path / "detections.json")
     assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == expected
@@ -144,7 +153,7 @@ def test_a_results_file_gets_pycocotools_figures_without_a_model(run, tmp_path, 
     expected = pycocotools_stats(tmp_path / "truth.json", tmp_path / "results.json")
     assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == expected
     assert metrics["per_class"]["absent"] == {"AP": None, "AP50": None, "boxes": 0, "detections": 12}
-    assert metrics["counts"] == {"images": 4, "boxes": 5, "detections": 36}
+    assert metrics["counts"] == {"images": 4, "boxes": 5, "detections": 36, "skipped": 0}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations", "metrics.json"]
 
 
@@ -255,7 +264,7 @@ def test_a_run_without_resume_sets_the_files_of_an_earlier_one_aside(data_path, 
 
 
 def test_an_evaluation_that_an_interruption_prevented_is_made_up_for(data_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(evaluate, "infer", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_steps(data_path, tmp_path, "--epochs", 1, "--eval-freq", 1, "--workers", 0)
     assert not (tmp_path / "best.pth").exists()
@@ -392,7 +401,7 @@ def test_processes_get_the_main_ones_batch_norm(run, tmp_path):
 def test_batch_norm_is_made_equal_before_every_evaluation(data_path, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(utils, "broadcast_buffers", lambda model: calls.append("broadcast"))
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: calls.append("evaluate"))
+    monkeypatch.setattr(evaluate, "infer", lambda *_, **__: calls.append("evaluate"))
     train_steps(data_path, tmp_path, "--epochs", 2, "--eval-freq", 1, "--workers", 0)
     assert calls == ["broadcast", "evaluate"] * 2
 
@@ -470,8 +479,9 @@ def test_other_classes_than_the_checkpoints(data_path, trained, tmp_path):
     content["categories"][3]["name"] = "comet"
     (tmp_path / "other.json").write_text(json.dumps(content))
     a = coco_annotations.read_annotations(tmp_path / "other.json")
+    checkpoint = str(trained[0] / "checkpoint.pth")
     with pytest.raises(ValueError, match=r"different classes: only .*checkpoint\.pth has 'star' as category 4"):
-        evaluate.load_model(str(trained[0] / "checkpoint.pth"), None, a)
+        evaluate.check_knows(*evaluate.load_model(checkpoint, None), checkpoint, a)
 
 
 def test_resume_refuses_other_data(trained, data_path, tmp_path):
@@ -489,9 +499,10 @@ def test_broken_weights_are_no_perfect_detector(data_path, tmp_path):
     model = evaluate.ssd.ssd300_resnet18(weights_backbone=None, num_classes=7)
     model.head.regression_head.module_list[0].bias.data.fill_(float("nan"))
     a = coco_annotations.read_annotations(data_path / "annotations/instances_val2017.json")
-    settings = {"batch_size": 2, "workers": 0, "autocast": flags.make_autocast(torch.device("cpu"), None)}
+    args = train.parse_args(["--device", "cpu", "--batch-size", "2", "--workers", "0"])
+    dataset = evaluate.validation_set(args, model, a, data_path / "val2017")
     with pytest.raises(FloatingPointError, match=r"not finite on images \[1, 2\]"):
-        evaluate.evaluate(model, a, data_path / "val2017", scorer="pycocotools", **settings)
+        evaluate.infer_as_flagged(args, model, *dataset)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data_path, tmp_path):

@@ -1,0 +1,127 @@
+"""What a person looks at after an evaluation: the images, chosen by their mistakes, and the charts."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import plots
+from numpy import ndarray
+from torch import Tensor
+
+import coco_eval
+import coco_utils
+import pictures
+from coco_annotations import CocoAnnotations, DataError
+from coco_eval import Diagnosis, Scores
+
+ORDERS = ("first", "worst", "random")
+MIN_SHOWN_SCORE = 0.3
+CURVE_THRESHOLDS = 101
+
+
+def choose_images(annotations: CocoAnnotations, diagnosis: Diagnosis, number: int, by: str) -> list[int]:
+    """Rows of ``number`` images: the ``first``, the ``worst`` (most mistakes), or always the same ``random`` ones."""
+    num_images = len(annotations.image_ids)
+    if by == "worst":
+        order = np.argsort(-sum(count_mistakes(annotations, diagnosis)), kind="stable")
+    else:
+        order = np.random.default_rng(0).permutation(num_images) if by == "random" else np.arange(num_images)
+    return order[:number].tolist()
+
+
+def count_mistakes(annotations: CocoAnnotations, diagnosis: Diagnosis) -> tuple[ndarray, ndarray]:
+    """How many objects were missed and how many detections are false, at ``MIN_SHOWN_SCORE``: int64 [images] each."""
+    is_shown = diagnosis.detections[:, 5] >= MIN_SHOWN_SCORE
+    is_missed = ~annotations.is_crowd & ~np.isin(annotations.annotation_ids, diagnosis.found[is_shown])
+    missed_until = np.concatenate(([0], is_missed.cumsum()))[annotations.offsets]
+    false_in = diagnosis.detections[is_shown & diagnosis.is_false, 0]
+    order = np.argsort(annotations.image_ids)
+    false = np.bincount(
+        order[np.searchsorted(annotations.image_ids, false_in, sorter=order)], minlength=len(annotations.image_ids)
+    )
+    return np.diff(missed_until), false
+
+
+def draw_images(
+    annotations: CocoAnnotations, images_dir: str | Path, diagnosis: Diagnosis, rows: Iterable[int]
+) -> dict[str, Tensor]:
+    """Images with ground truth (left) and detections over ``MIN_SHOWN_SCORE`` (right), by name: uint8 [3, H, W]."""
+    missed, false = count_mistakes(annotations, diagnosis)
+    drawn = {}
+    for number, row in enumerate(rows):
+        try:
+            image = coco_utils.load_image(annotations, Path(images_dir), row)[..., :3]
+        except DataError:  # evaluation has reported it
+            continue
+        mistakes = f"detections, score >= {MIN_SHOWN_SCORE}: {missed[row]} missed, {false[row]} false"
+        name = f"{number:04d}_{Path(annotations.file_name(row)).stem}"
+        drawn[name] = pictures.side_by_side(
+            draw_objects(annotations, diagnosis, row, image),
+            draw_detections(annotations, diagnosis, row, image, mistakes),
+        )
+    return drawn
+
+
+def draw_objects(annotations: CocoAnnotations, diagnosis: Diagnosis, row: int, image: ndarray) -> Tensor:
+    """The ground truth of an image; what no detection found is marked as missed."""
+    span = slice(*annotations.offsets[row : row + 2])
+    found = diagnosis.found[diagnosis.detections[:, 5] >= MIN_SHOWN_SCORE]
+    is_found = np.isin(annotations.annotation_ids[span], found)
+    notes = [
+        " (crowd)" if is_crowd else "" if was_found else " (missed)"
+        for is_crowd, was_found in zip(annotations.is_crowd[span], is_found, strict=True)
+    ]
+    return draw(annotations, image, annotations.boxes[span], annotations.category_ids[span], notes, "ground truth")
+
+
+def draw_detections(
+    annotations: CocoAnnotations, diagnosis: Diagnosis, row: int, image: ndarray, caption: str
+) -> Tensor:
+    """The detections in an image, the surest on top; the false ones are marked."""
+    detections = diagnosis.detections
+    chosen = np.flatnonzero((detections[:, 0] == annotations.image_ids[row]) & (detections[:, 5] >= MIN_SHOWN_SCORE))
+    chosen = chosen[np.argsort(detections[chosen, 5])]
+    notes = [f" {detections[i, 5]:.2f}" + (" (false)" if diagnosis.is_false[i] else "") for i in chosen]
+    return draw(annotations, image, detections[chosen, 1:5], detections[chosen, 6], notes, caption)
+
+
+def draw(annotations: CocoAnnotations, image: ndarray, boxes, category_ids, notes: list[str], caption: str) -> Tensor:
+    """An image with boxes [N, 4], xywh, each with the name of its class and a note."""
+    corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+    texts = [annotations.categories[i] + note for i, note in zip(category_ids, notes, strict=True)]
+    return pictures.draw_boxes(image, corners, [annotations.label_of[i] for i in category_ids], texts, caption)
+
+
+def draw_charts(annotations: CocoAnnotations, scores: Scores, diagnosis: Diagnosis) -> dict[str, Tensor]:
+    """The charts of an evaluation by name: uint8 [3, H, W]."""
+    confusion = coco_eval.confusion_matrix(annotations, diagnosis, MIN_SHOWN_SCORE)
+    return {
+        "precision_recall": plots.precision_recall(scores.precision, coco_eval.RECALLS, coco_eval.IOU_THRESHOLDS),
+        "confusion_matrix": plots.confusion_matrix(confusion, list(annotations.categories.values()), MIN_SHOWN_SCORE),
+    }
+
+
+def write_pictures(output_dir: Path, drawn: dict[str, Tensor]) -> None:
+    """Writes pictures by name, in the place of those of an earlier evaluation."""
+    folder = output_dir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for outdated in folder.glob("[0-9]*.png"):
+        outdated.unlink()
+    for name, picture in drawn.items():
+        pictures.save_png(picture, folder / f"{name}.png")
+
+
+def count_by_threshold(annotations: CocoAnnotations, diagnosis: Diagnosis) -> dict[str, ndarray]:
+    """Right and false detections and missed objects at IoU 0.5, for score thresholds from 0 to 1: int64 [101] each.
+
+    Below ``coco_eval.MIN_DIAGNOSED_SCORE`` the counts are those of that score.
+    """
+    thresholds = np.linspace(0, 1, CURVE_THRESHOLDS)
+    is_right = diagnosis.found > 0
+
+    def count(which: ndarray) -> ndarray:
+        scores = np.sort(diagnosis.detections[which, 5])
+        return len(scores) - np.searchsorted(scores, thresholds)
+
+    right = count(is_right)
+    return {"right": right, "false": count(diagnosis.is_false), "missed": int((~annotations.is_crowd).sum()) - right}

@@ -1,0 +1,111 @@
+"""Evaluation within a training run: detection between two epochs, all that needs no model beside the next one."""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import coco_eval
+import evaluate
+import reports
+import utils
+from checkpoints import TrainingState
+from coco_annotations import CocoAnnotations
+
+NUM_PICTURES = 8
+
+
+@dataclass
+class Pending:
+    """An evaluation whose scores are not known yet."""
+
+    step: int
+    checkpoint: dict  # of the model that was evaluated
+    report: Future
+
+
+class Validation:
+    """Evaluates a model in training, and keeps the best.
+
+    A checkpoint that says that a step was evaluated must be right, so ``settle`` comes before any is saved.
+
+    Args:
+        args: the flags of train.py.
+        state: what is trained.
+        annotations, images_dir: the validation set.
+        log: of the run.
+        save_best: writes a training state to best.pth.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        state: TrainingState,
+        annotations: CocoAnnotations,
+        images_dir: Path,
+        log: utils.RunLog,
+        save_best: Callable[[dict], None],
+    ):
+        self.args = args
+        self.state = state
+        self.annotations = annotations
+        self.images_dir = images_dir
+        self.log = log
+        self.save_best = save_best
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Pending | None = None
+
+    def begin(self) -> None:
+        """Detects on the validation set; the main process goes on to score in another thread."""
+        assert self.pending is None
+        args, state = self.args, self.state
+        utils.broadcast_buffers(state.model)
+        dataset = evaluate.validation_set(args, state.model, self.annotations, self.images_dir)
+        found = evaluate.infer_as_flagged(args, state.model, *dataset)
+        state.evaluated_step = state.global_step
+        if found is not None:
+            report = self.thread.submit(self.report, found, state.global_step)
+            self.pending = Pending(state.global_step, copy.deepcopy(state.state_dict()), report)
+
+    def report(self, found: evaluate.Inference, step: int) -> tuple[str, dict]:
+        """Scores and draws what was found. Returns what to print and the numbers to log."""
+        start = time.perf_counter()
+        scores = evaluate.score(self.annotations, found, "hotcoco")
+        seconds = time.perf_counter() - start
+        diagnosis = coco_eval.diagnose(self.annotations, found.detections)
+        rows = reports.choose_images(self.annotations, diagnosis, NUM_PICTURES, "first")
+        drawn = reports.draw_images(self.annotations, self.images_dir, diagnosis, rows)
+        charts = reports.draw_charts(self.annotations, scores, diagnosis)
+        reports.write_pictures(Path(self.args.output_dir), drawn | charts)
+        for name, picture in drawn.items():
+            self.log.image(f"detections/{name}", picture, step)
+        for name, chart in charts.items():
+            self.log.image(f"charts/{name}", chart, step)
+        table = coco_eval.format_class_table(scores.metrics, at_most=len(self.annotations.categories))
+        self.log.text("classes", table, step)
+        self.log.curve("precision_recall_at_IoU_0.50", step, **reports.count_by_threshold(self.annotations, diagnosis))
+        num_images = len(found.image_ids)
+        rates = {"images/s": num_images / found.seconds, "images scored/s": num_images / seconds}
+        numbers = {name: scores.metrics[name] for name in coco_eval.METRICS} | scores.metrics.get("loss", {}) | rates
+        return evaluate.describe(found, scores.metrics, seconds), numbers
+
+    def settle(self, wait: bool = True) -> None:
+        """Logs the scores of the last evaluation, and saves its model if it is the best.
+
+        Args:
+            wait: for the scores; else nothing is done while they are not known.
+        """
+        if self.pending is None or not (wait or self.pending.report.done()):
+            return
+        pending, self.pending = self.pending, None
+        text, numbers = pending.report.result()
+        epoch = (pending.step - 1) // self.state.steps_per_epoch
+        self.log.info(f"Evaluation in epoch {epoch}\n{text}")
+        self.log.metrics("val", pending.step, numbers, epoch=epoch)
+        ap = numbers["AP"]
+        if ap is not None and ap > self.state.best_ap:
+            self.state.best_ap = ap
+            self.save_best(pending.checkpoint | {"best_ap": ap})
