@@ -11,18 +11,17 @@ every annotation: the memory that this adds to a worker, not shared with any oth
 import argparse
 import json
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from memory import private_memory
+from memory import peak_memory, private_memory
+from turns import in_new_process
 
 import coco_annotations
 import coco_utils
@@ -60,11 +59,6 @@ def write_coco_like_annotations(path: Path, num_images: int, num_boxes: int) -> 
         file.write(f'], "categories": {json.dumps(categories)}}}')
 
 
-def peak_memory() -> float:
-    """MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def start_ours(path: Path, index_dir: Path) -> dict:
     before = peak_memory()
     start = time.perf_counter()
@@ -79,11 +73,6 @@ def start_pycocotools(path: Path) -> dict:
     start = time.perf_counter()
     coco = COCO(path)
     return {"seconds": time.perf_counter() - start, "MiB": peak_memory() - before, "images": len(coco.imgs)}
-
-
-def in_new_process(function, *arguments) -> dict:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def start_worker() -> None:

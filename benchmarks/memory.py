@@ -1,4 +1,4 @@
-"""How much memory a process has for itself."""
+"""How much memory a process has."""
 
 import re
 from pathlib import Path
@@ -15,3 +15,22 @@ def private_memory(pid: int | str = "self") -> float:
         if match["inode"] == "0":
             kib += sum(int(value) for value in re.findall(r"^Private_\w+: +(\d+) kB$", match["fields"], re.MULTILINE))
     return kib / 1024
+
+
+def peak_memory() -> float:
+    """Most MiB that this program ever had in memory.
+
+    Not ``ru_maxrss``, which a process inherits from the one that started it.
+    """
+    return read_status("VmHWM")
+
+
+def resident_memory() -> float:
+    """MiB of this process that are in memory now."""
+    return read_status("VmRSS")
+
+
+def read_status(field: str) -> float:
+    """A field of /proc/self/status that is a size, in MiB."""
+    match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(match[1]) / 1024

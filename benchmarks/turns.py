@@ -5,6 +5,12 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 
+def in_new_process(function: Callable, *arguments):
+    """What ``function(*arguments)`` returns in a process that does nothing else."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def take_turns(start: Callable, measure: Callable, variants: dict[str, tuple], rounds: int) -> dict[str, list]:
     """What ``measure()`` returned in each round, by variant.
 
