@@ -7,7 +7,7 @@ DIR is a folder in COCO's layout; its validation images are used, or the first -
 SSD300-VGG16 with the same weights on the CPU: --weights are those of a whole model, --weights-backbone of VGG16 under
 random heads; the default is random.
 
-Ours is evaluate.py's evaluate, scored by pycocotools. torchvision's is its ssd300_vgg16, which resizes by itself, in
+Ours is what evaluate.py does, scored by pycocotools. torchvision's is its ssd300_vgg16, which resizes by itself, in
 the loop of its references: images of their original size, one at a time, each scored by pycocotools as it comes. That
 loop lets PyTorch have one thread; it is measured like this and with all threads.
 
@@ -114,12 +114,13 @@ def make_model(weights: str | None, weights_backbone: str | None, num_classes: i
 def prepare_ours(model: ssd.SSD, images_dir: Path, annotations_file: Path, workers: int, batch_size: int) -> Callable:
     model = model.to(memory_format=torch.channels_last)
     annotations = coco_annotations.read_annotations(annotations_file)
-    settings = {"batch_size": batch_size, "workers": workers, "scorer": "pycocotools"}
-    autocast = flags.make_autocast(torch.device("cpu"), None)
+    settings = ["--checkpoint", "", "--batch-size", str(batch_size), "--workers", str(workers)]
+    args = evaluate.get_args_parser().parse_args(settings)
 
     def run_ours() -> dict:
-        metrics, detections = evaluate.evaluate(model, annotations, images_dir, autocast=autocast, **settings)
-        return {name: metrics[name] for name in coco_eval.METRICS} | {"detections": len(detections)}
+        found = evaluate.infer_as_flagged(args, model, *evaluate.validation_set(args, model, annotations, images_dir))
+        metrics = evaluate.score(annotations, found, args.scorer).metrics
+        return {name: metrics[name] for name in coco_eval.METRICS} | {"detections": len(found.detections)}
 
     return run_ours
 

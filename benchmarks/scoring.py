@@ -132,7 +132,7 @@ def measure(score: Callable[[], dict]) -> dict:
 def measure_ours(folder: Path, scorer: str) -> dict:
     annotations = coco_annotations.read_annotations(folder / "instances.json", folder)
     detections = np.load(folder / "detections.npy")
-    return measure(lambda: coco_eval.score_detections(annotations, detections, scorer))
+    return measure(lambda: coco_eval.score_detections(annotations, detections, scorer).metrics)
 
 
 def measure_per_image(folder: Path) -> dict:
