@@ -17,7 +17,7 @@ def draw_boxes(image: ndarray, boxes: ndarray, labels: Sequence[int], texts: Seq
 
     Args:
         image: uint8 [H, W, 3].
-        boxes: [N, 4], xyxy in pixels of ``image``.
+        boxes: [N, 4], xyxy in pixels of ``image``; the last ones are drawn over the others.
         labels: class of each box.
         texts: what to write at each box.
         caption: what to write above the picture.
@@ -32,17 +32,36 @@ def draw_boxes(image: ndarray, boxes: ndarray, labels: Sequence[int], texts: Seq
     font = ImageFont.load_default(13)
     draw.text((4, 1), caption, fill="black", font=font)
     line_width = max(2, round(min(height, width) / 200))
-    for box, label, text in zip(boxes.tolist(), labels, texts, strict=True):
-        color = class_color(label)
-        x1, y1, x2, y2 = box[0], box[1] + CAPTION_HEIGHT, box[2], box[3] + CAPTION_HEIGHT
+    boxes = [(x1, y1 + CAPTION_HEIGHT, x2, y2 + CAPTION_HEIGHT) for x1, y1, x2, y2 in boxes.tolist()]
+    drawn = list(zip(boxes, map(class_color, labels), texts, strict=True))
+    for (x1, y1, x2, y2), color, _ in drawn:
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line_width)
-        # above the box where there is room, else inside its upper edge; never past the right side
+    taken = []
+    for (x1, y1, _, _), color, text in reversed(drawn):
         _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
-        x = max(0, min(x1, width - (right + 4)))
-        y = y1 - bottom - 2 if y1 - bottom - 2 >= CAPTION_HEIGHT else y1
-        draw.rectangle((x, y, x + right + 4, y + bottom + 2), fill=color)
+        x, y = place_label(x1, y1, right + 4, bottom + 2, canvas.size, taken)
+        taken.append((x, y, x + right + 4, y + bottom + 2))
+        draw.rectangle(taken[-1], fill=color)
         draw.text((x + 2, y), text, fill="black", font=font)
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def place_label(
+    x1: float, y1: float, width: float, height: float, canvas_size: tuple[int, int], taken: list[tuple]
+) -> tuple[float, float]:
+    """Where the label of a box at ``x1``, ``y1`` hides no other: above the box, or as little lower as it can be.
+
+    It stays between the left and the right side and under the caption; where there is no room, it hides others.
+    """
+    x = max(0, min(x1, canvas_size[0] - width))
+    highest = y1 - height if y1 - height >= CAPTION_HEIGHT else max(y1, CAPTION_HEIGHT)
+    y = highest
+    while y + height <= canvas_size[1]:
+        lower_ends = [y2 for x1, y1, x2, y2 in taken if x <= x2 and x1 <= x + width and y <= y2 and y1 <= y + height]
+        if not lower_ends:
+            return x, y
+        y = max(lower_ends) + 1
+    return x, highest
 
 
 def class_color(label: int) -> tuple[int, int, int]:

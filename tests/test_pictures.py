@@ -22,6 +22,17 @@ def test_boxes_at_the_edges_and_without_area():
     assert pictures.draw_boxes(image, boxes, [1, 2, 3], ["a long class name 0.99"] * 3, "").shape[2] == 40
 
 
+def test_labels_do_not_hide_each_other():
+    taken = []
+    for _ in range(4):  # boxes in the same place
+        x, y = pictures.place_label(30, 60, width=50, height=15, canvas_size=(100, 120), taken=taken)
+        assert (x, y) == (30, 45 + 16 * len(taken))  # above the box, then further and further down
+        taken.append((x, y, x + 50, y + 15))
+    x, y = pictures.place_label(30, 60, width=50, height=15, canvas_size=(100, 120), taken=taken)
+    assert (x, y) == (30, 45)  # no room
+    assert pictures.place_label(90, 5, width=50, height=15, canvas_size=(100, 120), taken=[]) == (50, 18)
+
+
 def test_neighbouring_classes_have_different_colours():
     colors = np.array([pictures.class_color(label) for label in range(1, 91)], dtype=float)
     assert (np.abs(np.diff(colors, axis=0)).sum(axis=1) > 60).all()
