@@ -15,15 +15,15 @@ from torch import Tensor
 SHOWN_CLASSES = 20
 LONGEST_NAME = 24
 PIXELS_PER_INCH = 100
-SMALLEST_SIDE = 4  # inches, the width of the title
-BLUE, ORANGE, BLACK, GREY, LIGHT_GREY = "#1f6fb4", "#d9600f", "#222222", "#808080", "#c4c4c4"
+BLUE, ORANGE, BLACK, GREY = "#1f6fb4", "#d9600f", "#222222", "#c4c4c4"
 
 
 def precision_recall(precision: ndarray, recalls: ndarray, iou_thresholds: ndarray) -> Tensor:
     """A chart of precision over recall: IoU 0.50, IoU 0.75, the mean of all thresholds, and the others faintly.
 
     Args:
-        precision: float [T, R], COCO's interpolated precision, averaged over the classes; nan if nothing is measured.
+        precision: float [T, R], COCO's interpolated precision, averaged over the classes; nan in rows without
+            anything to measure.
         recalls: [R], the recall of each column.
         iou_thresholds: [T], the IoU threshold of each row.
 
@@ -52,18 +52,16 @@ def draw_curves(axes, precision: ndarray, recalls: ndarray, iou_thresholds: ndar
     """Draws the curves [T, R], the important ones uppermost and named with their average precision."""
     # not clipped: a curve at 0 or 1 lies on the edge of the axes, which would hide half of its width
     style = {"clip_on": False, "solid_capstyle": "butt"}
-    low, high = iou_thresholds.min(), iou_thresholds.max()
+    label = f"AP {precision.mean():.3f}\nmean of IoU {iou_thresholds.min():.2f} to {iou_thresholds.max():.2f}"
+    # wider and beneath the next two, so that it shows even where they are the same
+    axes.plot(recalls, precision.mean(axis=0), color=BLACK, linewidth=3.6, zorder=3, label=label, **style)
     for name, iou, color in (("AP50", 0.5, BLUE), ("AP75", 0.75, ORANGE)):
         for row in np.isclose(iou_thresholds, iou).nonzero()[0]:
             label = f"{name} {precision[row].mean():.3f}\nIoU {iou:.2f}"
             axes.plot(recalls, precision[row], color=color, linewidth=1.8, zorder=4, label=label, **style)
-    # wider and beneath, so that it shows even where the curves are the same
-    label = f"AP {precision.mean():.3f}\nmean of IoU {low:.2f} to {high:.2f}"
-    axes.plot(recalls, precision.mean(axis=0), color=BLACK, linewidth=3.6, zorder=3, label=label, **style)
     others = precision[~(np.isclose(iou_thresholds, 0.5) | np.isclose(iou_thresholds, 0.75))]
-    for i, curve in enumerate(others):
-        label = "other IoU thresholds" if i == 0 else None
-        axes.plot(recalls, curve, color=LIGHT_GREY, linewidth=1, zorder=2, label=label, **style)
+    for curve, label in zip(others, ["other IoU thresholds", *[None] * len(others)], strict=False):
+        axes.plot(recalls, curve, color=GREY, linewidth=1, zorder=2, label=label, **style)
 
 
 def confusion_matrix(matrix: ndarray, names: Sequence[str], min_score: float) -> Tensor:
@@ -87,15 +85,16 @@ def confusion_matrix(matrix: ndarray, names: Sequence[str], min_score: float) ->
     if has_rest:
         labels.append("the rest")
         title += f"\nThe {len(shown)} of {len(names)} classes most confused with others, and the rest as one class"
-    side = max(SMALLEST_SIDE, len(cells) * float(np.clip(6 / len(cells), 0.46, 0.9)))
+        title += "\nGrey: the rest detected as the rest, rightly or as another class of it"
+    side = len(cells) * float(np.clip(6 / len(cells), 0.46, 0.9))
     figure = new_figure(side, side)
     axes = figure.add_axes((0, 0, 1, 1))  # all else lies outside of the figure, which grows as it is drawn
     axes.set_title(title, loc="left", fontsize=11, linespacing=1.4)
-    shares = row_shares(cells)
-    axes.imshow(cell_colors(shares, has_rest), interpolation="nearest")
-    write_counts(axes, cells, shares)
+    colors = cell_colors(cells, has_rest)
+    axes.imshow(colors, interpolation="nearest")
+    write_counts(axes, cells, colors)
     label_cells(axes, cells, labels)
-    draw_scale(figure.add_axes((1 + 0.3 / side, 1 - 2 / side, 0.5 / side, 2 / side)))
+    draw_scale(figure.add_axes((1 + 0.3 / side, 1 - 1.6 / side, 0.4 / side, 1.6 / side)))
     return to_picture(figure)
 
 
@@ -125,25 +124,28 @@ def gather(matrix: ndarray, shown: ndarray) -> ndarray:
     return cells
 
 
-def row_shares(cells: ndarray) -> ndarray:
-    return cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
-
-
-def cell_colors(shares: ndarray, has_rest: bool) -> ndarray:
-    """White to full colour as the share [N, N] of a cell grows: blue where right, orange where wrong; [N, N, 3]."""
-    colors = np.full((*shares.shape, 3), rgb(ORANGE))
-    np.einsum("iic->ic", colors)[:] = rgb(BLUE)
+def cell_colors(cells: ndarray, has_rest: bool) -> ndarray:
+    """A colour [N, N, 3] for each cell, the fuller the more of its row it has: blue where right, orange where wrong."""
+    full = np.full((*cells.shape, 3), rgb(ORANGE))
+    full[np.diag_indices(len(cells))] = rgb(BLUE)
     if has_rest:
-        colors[-2, -2] = rgb(GREY)  # neither: classes of the rest may be confused with each other
-    return 1 - shares[:, :, None] * (1 - colors)
+        full[-2, -2] = rgb(GREY)  # neither: classes of the rest may be confused with each other
+    shares = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
+    colors = tint(full, shares[:, :, None])
+    colors[-1, -1] = 0.93
+    return colors
 
 
-def write_counts(axes, cells: ndarray, shares: ndarray) -> None:
+def tint(color: ndarray, share: ndarray) -> ndarray:
+    """White where ``share`` is 0, ``color`` where it is 1."""
+    return 1 - np.sqrt(share) * (1 - color)  # the root, so that confusions of a few per cent show
+
+
+def write_counts(axes, cells: ndarray, colors: ndarray) -> None:
+    is_dark = colors @ np.array([0.299, 0.587, 0.114]) < 0.65
     for row, column in np.argwhere(cells):
-        color = "white" if shares[row, column] > 0.6 else BLACK
+        color = "white" if is_dark[row, column] else BLACK
         axes.text(column, row, short_count(cells[row, column]), ha="center", va="center", fontsize=8, color=color)
-    last = len(cells) - 1
-    axes.text(last, last, "-", ha="center", va="center", color=GREY)
 
 
 def label_cells(axes, cells: ndarray, labels: Sequence[str]) -> None:
@@ -157,26 +159,26 @@ def label_cells(axes, cells: ndarray, labels: Sequence[str]) -> None:
     axes.set_xticks(ticks, [*labels, "missed"], fontsize=9, parse_math=False, **turned)
     axes.set(xlabel="detected as", ylabel="true class (objects)")
     axes.tick_params(length=0)
-    for tick in ticks[1:]:
-        border = {"color": BLACK, "linewidth": 1.2} if tick == ticks[-1] else {"color": "#e8e8e8", "linewidth": 0.6}
-        axes.axhline(tick - 0.5, **border)
-        axes.axvline(tick - 0.5, **border)
+    for draw_line in (axes.axhline, axes.axvline):
+        for line in ticks[1:-1] - 0.5:
+            draw_line(line, color="#e8e8e8", linewidth=0.6)
+        draw_line(ticks[-1] - 0.5, color=BLACK, linewidth=1.2, zorder=3)
 
 
 def draw_scale(axes) -> None:
     """Draws what the colours mean: the share of its row that a cell has."""
-    shares = np.linspace(0, 1, 101)[:, None, None]
-    colors = np.array([rgb(BLUE), rgb(ORANGE)])
-    axes.imshow(1 - shares * (1 - colors), extent=(-0.5, 1.5, 0, 100), origin="lower", aspect="auto")
+    colors = tint(np.array([rgb(BLUE), rgb(ORANGE)]), np.linspace(0, 1, 101)[:, None, None])
+    axes.imshow(colors, extent=(-0.5, 1.5, 0, 100), origin="lower", aspect="auto", interpolation="nearest")
     axes.set_xticks([0, 1], ["right", "wrong"], fontsize=9, rotation=90)
     axes.set_yticks([0, 50, 100], ["0", "50 %", "100 %"], fontsize=9)
+    axes.set_ylabel("share of the row", fontsize=9)
     axes.yaxis.tick_right()
-    axes.set_title("share of row", fontsize=9, loc="left")
+    axes.yaxis.set_label_position("right")
 
 
 def shorten(name: str) -> str:
     """A name in one line of at most ``LONGEST_NAME`` characters, without its middle if it is longer."""
-    name = " ".join(name.split())
+    name = "".join(letter if letter.isprintable() else "?" for letter in " ".join(name.split()))
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}…{name[-8:]}"
 
 
