@@ -117,6 +117,15 @@ def finite(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return state_dict
 
 
+def copy_to_host(state):
+    """A copy of tensors and plain data that training will not change, in memory that a GPU does not lack."""
+    if isinstance(state, dict):
+        return {key: copy_to_host(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [copy_to_host(value) for value in state]
+    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
+
+
 def describe_origin(args: argparse.Namespace, dataset: CocoTrainDataset) -> dict:
     """What a checkpoint tells about its origin, beside the training state."""
     return {

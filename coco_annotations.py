@@ -150,17 +150,20 @@ def parse_annotations(path: Path) -> tuple[CocoAnnotations, list[str]]:
     listed_images, listed_categories = integer_ids(content["images"]), integer_ids(content["categories"])
     rules = {
         "images": {
-            "id": (unseen(is_integer), "an integer of at most 15 digits that no earlier image has"),
+            "id": (unseen(is_integer), "a non-negative integer of at most 15 digits that no earlier image has"),
             "file_name": (is_file_name, "a path inside the image folder, in one line"),
             "width": (is_side, "a positive integer"),
             "height": (is_side, "a positive integer"),
         },
         "categories": {
-            "id": (unseen(is_integer), "an integer of at most 15 digits that no earlier category has"),
+            "id": (unseen(is_integer), "a non-negative integer of at most 15 digits that no earlier category has"),
             "name": (unseen(is_text), "a text in one line that no earlier category has"),
         },
         "annotations": {
-            "id": (unseen(is_annotation_id), "an integer that no earlier one has, and not 0, COCO's mark for no match"),
+            "id": (
+                unseen(is_annotation_id),
+                "a positive integer that no earlier one has; 0 is COCO's mark for no match",
+            ),
             "image_id": (lambda value: is_integer(value) and value in listed_images, "the id of one of the images"),
             "category_id": (lambda value: is_integer(value) and value in listed_categories, "the id of a category"),
             "bbox": (is_box, "x, y, width and height: four finite numbers, and no negative size"),
@@ -252,7 +255,7 @@ def unseen(is_valid: Callable[[object], bool]) -> Callable[[object], bool]:
 
 
 def is_integer(value) -> bool:
-    return type(value) is int and abs(value) < 10**15  # float64 holds it, and so do the scorers
+    return type(value) is int and 0 <= value < 10**15  # float64 holds it, and so do the scorers
 
 
 def is_annotation_id(value) -> bool:

@@ -106,11 +106,12 @@ def fault_of_result(result, image_ids: set[int], annotations: CocoAnnotations) -
     return ""
 
 
-def ground_truth(annotations: CocoAnnotations) -> dict:
-    """The annotations as COCO's API wants them for scoring boxes."""
+def ground_truth(annotations: CocoAnnotations, chosen: ndarray | slice = slice(None)) -> dict:
+    """The annotations, or those ``chosen`` of them, as COCO's API wants them for scoring boxes."""
     image_of_box = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
     columns = (annotations.annotation_ids, image_of_box, annotations.category_ids, annotations.boxes)
-    columns = [column.tolist() for column in (*columns, annotations.areas, annotations.is_crowd.astype(int))]
+    columns = (*columns, annotations.areas, annotations.is_crowd.astype(int))
+    columns = [column[chosen].tolist() for column in columns]
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     return {
         "images": [{"id": image_id} for image_id in annotations.image_ids.tolist()],
@@ -132,11 +133,12 @@ def score_detections(annotations: CocoAnnotations, detections: ndarray, scorer: 
         by category name AP, AP50 and the numbers of boxes (without crowds) and detections; and ``counts`` of images,
         boxes (crowds included) and detections.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
+    # In training, hotcoco works beside a thread that prints: there, sys.stdout must stay. Nor does hotcoco print.
+    with contextlib.redirect_stdout(io.StringIO()) if scorer == "pycocotools" else contextlib.nullcontext():
         evaluator = make_evaluator(annotations, detections, scorer)
         evaluator.evaluate()
         evaluator.accumulate()
-        evaluator.summarize()
+        evaluator.summarize() if scorer == "pycocotools" else evaluator.summary_lines()
     precision = evaluator.eval["precision"][:, :, :, 0, -1]  # IoUs, recalls, categories; all areas, 100 detections
     objects = annotations.category_ids[~annotations.is_crowd]
     per_class = {
@@ -155,14 +157,16 @@ def score_detections(annotations: CocoAnnotations, detections: ndarray, scorer: 
     return Scores(metrics | {"per_class": per_class, "counts": counts}, mean)
 
 
-def make_evaluator(annotations: CocoAnnotations, detections: ndarray, scorer: str):
-    """COCO's evaluator of either library."""
+def make_evaluator(
+    annotations: CocoAnnotations, detections: ndarray, scorer: str, chosen: ndarray | slice = slice(None)
+):
+    """COCO's evaluator of either library, with all annotations or those ``chosen``."""
     if scorer == "hotcoco":
         from hotcoco import COCO, COCOeval
     else:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-    truth = ground_truth(annotations)
+    truth = ground_truth(annotations, chosen)
     coco = coco_of(COCO, truth)
     results = coco.loadRes(detections) if len(detections) else coco_of(COCO, truth | {"annotations": []})
     return COCOeval(coco, results, "bbox")
@@ -172,6 +176,7 @@ def diagnose(annotations: CocoAnnotations, detections: ndarray) -> Diagnosis:
     """Tells right from false among an array of detections [N, 7]."""
     detections = detections[detections[:, 5] >= MIN_DIAGNOSED_SCORE]
     evaluator = make_evaluator(annotations, detections, "hotcoco")
+    evaluator.params.maxDets = [1, 10, max(len(detections), 1)]  # all; COCO's metrics end at 100 per image and class
     evaluator.evaluate()
     matches = evaluator.image_diagnostics(iou_thr=MATCHING_IOU)
     numbers = range(1, len(detections) + 1)  # which hotcoco knows the detections by; it leaves out those in crowds
@@ -185,14 +190,22 @@ def diagnose(annotations: CocoAnnotations, detections: ndarray) -> Diagnosis:
 def confusion_matrix(annotations: CocoAnnotations, diagnosis: Diagnosis, min_score: float) -> ndarray:
     """Counts of true class (rows) by detected class (columns) at an IoU of 0.5: int64 [K + 1, K + 1].
 
-    Classes are in the order of ``annotations.categories``. The last row has detections where no object is, the last
-    column objects that were not found. A detection takes the object that it overlaps most, whatever its class.
+    Classes are in the order of ``annotations.categories``. The diagonal has the right detections. A false one is taken
+    for the object that it overlaps most of those that no right one found; the last row has the false ones that are
+    left, the last column the objects that are left.
     """
-    counted = (diagnosis.is_false | (diagnosis.found > 0)) & (diagnosis.detections[:, 5] >= min_score)
-    evaluator = make_evaluator(annotations, diagnosis.detections[counted], "hotcoco")
-    found = evaluator.confusion_matrix(iou_thr=MATCHING_IOU)
-    order = [*(found["cat_ids"].index(category_id) for category_id in annotations.categories), -1]
-    return found["matrix"][np.ix_(order, order)].astype(np.int64)
+    is_shown = diagnosis.detections[:, 5] >= min_score
+    found = diagnosis.found[is_shown & (diagnosis.found > 0)]
+    is_left = ~annotations.is_crowd & ~np.isin(annotations.annotation_ids, found)
+    false = diagnosis.detections[is_shown & diagnosis.is_false]
+    evaluator = make_evaluator(annotations, false, "hotcoco", is_left)
+    confused = evaluator.confusion_matrix(iou_thr=MATCHING_IOU, max_det=max(len(false), 1))
+    category_ids = list(annotations.categories)
+    order = [*(confused["cat_ids"].index(category_id) for category_id in category_ids), -1]
+    matrix = confused["matrix"][np.ix_(order, order)].astype(np.int64)
+    for k, category_id in enumerate(category_ids):
+        matrix[k, k] = (annotations.category_ids[np.isin(annotations.annotation_ids, found)] == category_id).sum()
+    return matrix
 
 
 def format_table(metrics: dict) -> str:

@@ -10,6 +10,7 @@ Prints the COCO table and writes metrics.json, detections.json and, with --pictu
 """
 
 import argparse
+import itertools
 import json
 import time
 from contextlib import AbstractContextManager
@@ -34,6 +35,7 @@ import ssd
 import utils
 from coco_annotations import CocoAnnotations
 
+DEFAULT_OUTPUT_DIRS = {"evaluate": "out/evaluation", "detect_on_images": "out/images"}
 LOSSES = ("bbox_regression", "classification", "positives")
 
 
@@ -222,7 +224,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--pictures-by", choices=reports.ORDERS, default="first", help="which images (default: %(default)s)"
     )
     flags.add_common_arguments(parser)
-    parser.set_defaults(batch_size=8, output_dir="out/evaluation")
+    parser.set_defaults(batch_size=8)
     return parser
 
 
@@ -265,8 +267,9 @@ def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: P
     if args.pictures:
         diagnosis = coco_eval.diagnose(annotations, found.detections)
         rows = reports.choose_images(annotations, diagnosis, args.pictures, args.pictures_by)
+        charts = reports.draw_charts(annotations, scores, diagnosis)
         drawn = reports.draw_images(annotations, images_dir, diagnosis, rows)
-        reports.write_pictures(output_dir, drawn | reports.draw_charts(annotations, scores, diagnosis))
+        reports.write_pictures(output_dir, itertools.chain(charts.items(), drawn))
     print(f"The results are in {output_dir}")
 
 
@@ -287,25 +290,25 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
 
 def detect_on_images(args: argparse.Namespace, device: torch.device) -> None:
     """Writes what ``--checkpoint`` finds in ``--images``."""
-    if args.checkpoint is None or args.val_loss:
-        raise ValueError("--images has no ground truth: give --checkpoint, not --detections, and no --val-loss")
-    paths = own_images.find_images(args.images)
+    if args.checkpoint is None or args.val_loss or args.pictures:
+        raise ValueError("--images has no ground truth and draws all: give --checkpoint, no --val-loss, no --pictures")
+    output_dir = Path(args.output_dir)
+    paths = own_images.find_images(args.images, output_dir)
     model, classes = open_model(args, device)
     names = own_images.class_names(classes, model.num_classes)
     preset = presets.DetectionPresetEval(size=model.size)
     dataset = own_images.ImageFiles(paths, preset, args.on_bad_image == "skip")
     found = infer_as_flagged(args, model, dataset, {label: label for label in names})
     if found is not None:
-        own_images.report(Path(args.output_dir), dataset, found.detections, found.faults, names)
-        print(f"The detections on {len(dataset)} images are in {args.output_dir}")
+        own_images.report(output_dir, dataset, found.detections, found.faults, names)
+        print(f"The detections on {len(dataset)} images are in {output_dir}")
 
 
 def main(args: argparse.Namespace) -> None:
     device = utils.init_distributed(args.device)
-    if args.images is None:
-        evaluate(args, device)
-    else:
-        detect_on_images(args, device)
+    run = evaluate if args.images is None else detect_on_images
+    args.output_dir = args.output_dir or DEFAULT_OUTPUT_DIRS[run.__name__]
+    run(args, device)
     utils.cleanup_distributed()
 
 

@@ -29,7 +29,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--device", type=device_name, help="cuda, cpu, ... (default: the GPU if there is one)")
     run.add_argument("--amp", nargs="?", const="bf16", choices=list(AMP_DTYPES), help="mixed precision, bf16 if bare")
     run.add_argument("--val-loss", action="store_true", help="compute the loss on the validation set too")
-    run.add_argument("--output-dir", help="folder for everything that is written (default: %(default)s)")
+    run.add_argument("--output-dir", help="folder for everything that is written (default: in out)")
     parser.set_defaults(dataset="coco", workers=4)
 
 

@@ -1,12 +1,14 @@
 """``evaluate.py --images``: detections on images without annotations, as pictures and as json."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy import ndarray
-from PIL import Image, ImageOps
+from PIL.Image import Transpose
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.models.detection import SSD300_VGG16_Weights
 
@@ -16,17 +18,28 @@ import reports
 from coco_annotations import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-MAX_PICTURED_SIDE = 1280  # pixels: on larger pictures nobody could read the names
 MAX_NAMED = 10
+ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
+TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
-def find_images(path: str | Path) -> list[Path]:
+def find_images(path: str | Path, output_dir: Path) -> list[Path]:
     """The image that ``path`` names, or the JPEG and PNG files of that folder, by name.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or they are where the pictures for ``output_dir`` will be.
     """
     path = Path(path)
+    if (output_dir / "pictures").resolve() in (path.resolve(), path.resolve().parent):
+        raise DataError(f"{path}: pictures of detections would be written there; choose another --output-dir")
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -48,13 +61,17 @@ def class_names(classes: list[dict] | None, num_classes: int) -> dict[int, str]:
 
 
 def load_upright(path: Path) -> ndarray:
-    """Decodes an image file to uint8 [H, W, 4] as a viewer shows it, turned as its EXIF data say.
+    """Decodes an image file to uint8 [H, W, 4] as a viewer shows it, turned as its EXIF data say, if they can be read.
 
     Raises:
         DataError: it cannot be decoded.
     """
     with coco_utils.open_image(path, str(path)) as image:
-        return coco_utils.to_pixels(ImageOps.exif_transpose(image), str(path))
+        try:
+            turn = TURNS.get(image.getexif().get(ORIENTATION))
+        except Exception:  # damaged EXIF data raise almost anything, and the image may be good
+            turn = None
+        return coco_utils.to_pixels(image if turn is None else image.transpose(turn), str(path))
 
 
 class ImageFiles(Dataset):
@@ -101,7 +118,7 @@ def report(
     Args:
         output_dir: where to.
         dataset: the images.
-        detections: [N, 7] as ``coco_eval.detections_to_array`` makes them, with labels for category ids.
+        detections: [N, 7], image by image, as ``coco_eval.detections_to_array`` makes them, of labels not categories.
         faults: of images that were skipped.
         names: of the labels.
     """
@@ -113,26 +130,31 @@ def report(
     (output_dir / "detections.json").write_text(json.dumps(results))
     for fault in faults:
         print(f"Skipped {fault}")
-    drawn = {}
+    reports.write_pictures(output_dir, draw_images(dataset, detections, names))
+
+
+def draw_images(dataset: ImageFiles, detections: ndarray, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
+    """A name and a picture of each image, and a printed line of what is on it."""
+    bounds = np.searchsorted(detections[:, 0], np.arange(len(dataset) + 1))
     for index, path in enumerate(dataset.paths):
-        shown = detections[(detections[:, 0] == index) & (detections[:, 5] >= reports.MIN_SHOWN_SCORE)]
+        found = detections[bounds[index] : bounds[index + 1]]
+        found = found[found[:, 5] >= reports.MIN_SHOWN_SCORE]
+        found = found[np.argsort(-found[:, 5], kind="stable")]
         try:
-            drawn[f"{index:04d}_{path.name}"] = draw(load_upright(path), shown, names)
+            picture = draw(load_upright(path)[..., :3], found, names)
         except DataError:  # one of the faults
             continue
-        found = [f"{names[label]} {score:.2f}" for score, label in shown[:MAX_NAMED, 5:].tolist()]
-        print(f"{path.name}: {', '.join(found) or 'nothing'}{', ...' if len(shown) > MAX_NAMED else ''}")
-    reports.write_pictures(output_dir, drawn)
+        texts = [f"{names[label]} {score:.2f}" for score, label in found[:MAX_NAMED, 5:].tolist()]
+        print(f"{path.name}: {', '.join(texts) or 'nothing'}{', ...' if len(found) > MAX_NAMED else ''}")
+        yield f"{index:04d}_{path.name}", picture
 
 
-def draw(image: ndarray, detections: ndarray, names: dict[int, str]) -> torch.Tensor:
-    """An image of at most ``MAX_PICTURED_SIDE`` with its detections [N, 7], the surest on top: uint8 [3, H, W]."""
-    small = Image.fromarray(image[..., :3])
-    small.thumbnail((MAX_PICTURED_SIDE, MAX_PICTURED_SIDE))
-    detections = detections[np.argsort(detections[:, 5])]
-    boxes = detections[:, 1:5] * (small.width / image.shape[1])
+def draw(image: ndarray, detections: ndarray, names: dict[int, str]) -> Tensor:
+    """An image with its detections [N, 7], surest first: uint8 [3, H, W]."""
+    image, scale = pictures.fit_for_viewing(image)
+    boxes = detections[::-1, 1:5] * scale  # the surest is drawn last
     corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
-    labels = detections[:, 6].astype(int).tolist()
-    texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, detections[:, 5], strict=True)]
+    labels = detections[::-1, 6].astype(int).tolist()
+    texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, detections[::-1, 5], strict=True)]
     caption = f"{len(detections)} detections, score >= {reports.MIN_SHOWN_SCORE}"
-    return pictures.draw_boxes(np.asarray(small), corners, labels, texts, caption)
+    return pictures.draw_boxes(image, corners, labels, texts, caption)

@@ -10,6 +10,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 CAPTION_HEIGHT = 18
+MIN_SIDE, MAX_SIDE = 320, 1280  # pixels of the longer side: on other pictures nobody could read the names
+
+
+def fit_for_viewing(image: ndarray) -> tuple[ndarray, float]:
+    """An image [H, W, 3] whose longer side is between ``MIN_SIDE`` and ``MAX_SIDE``, and by how much it was scaled."""
+    height, width = image.shape[:2]
+    scale = float(np.clip(max(height, width), MIN_SIDE, MAX_SIDE)) / max(height, width)
+    if scale == 1:
+        return image, scale
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(image).resize(size)), scale
 
 
 def draw_boxes(image: ndarray, boxes: ndarray, labels: Sequence[int], texts: Sequence[str], caption: str) -> Tensor:

@@ -70,8 +70,9 @@ def confusion_matrix(matrix: ndarray, names: Sequence[str], min_score: float) ->
     Of more than ``SHOWN_CLASSES`` classes it shows those most confused with others, and the rest as if one class.
 
     Args:
-        matrix: int [K + 1, K + 1]: a row for each true class and one for detections where no object is; a column for
-            each predicted class and one for objects without detection. The last cell has no meaning.
+        matrix: int [K + 1, K + 1]: a row for each true class and one for detections of nothing, or of an object that
+            is found; a column for each predicted class and one for objects without detection. The last cell has no
+            meaning.
         names: of the K classes.
         min_score: the score that a detection needed to count.
 
@@ -154,7 +155,7 @@ def label_cells(axes, cells: ndarray, labels: Sequence[str]) -> None:
     rows = [f"{label} ({total})" for label, total in zip(labels, totals[:-1], strict=True)]
     ticks = np.arange(len(cells))
     # a dollar sign in a name is no formula
-    axes.set_yticks(ticks, [*rows, f"no object ({totals[-1]} false)"], fontsize=9, parse_math=False)
+    axes.set_yticks(ticks, [*rows, f"no object or a double ({totals[-1]})"], fontsize=9, parse_math=False)
     turned = {"rotation": 45, "ha": "right", "va": "top", "rotation_mode": "anchor"}
     axes.set_xticks(ticks, [*labels, "missed"], fontsize=9, parse_math=False, **turned)
     axes.set(xlabel="detected as", ylabel="true class (objects)")

@@ -1,16 +1,16 @@
 """What a person looks at after an evaluation: the images, chosen by their mistakes, and the charts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import plots
 from numpy import ndarray
 from torch import Tensor
 
 import coco_eval
 import coco_utils
 import pictures
+import plots
 from coco_annotations import CocoAnnotations, DataError
 from coco_eval import Diagnosis, Scores
 
@@ -44,25 +44,22 @@ def count_mistakes(annotations: CocoAnnotations, diagnosis: Diagnosis) -> tuple[
 
 def draw_images(
     annotations: CocoAnnotations, images_dir: str | Path, diagnosis: Diagnosis, rows: Iterable[int]
-) -> dict[str, Tensor]:
-    """Images with ground truth (left) and detections over ``MIN_SHOWN_SCORE`` (right), by name: uint8 [3, H, W]."""
+) -> Iterator[tuple[str, Tensor]]:
+    """Images with ground truth (left) and detections over ``MIN_SHOWN_SCORE`` (right): a name and uint8 [3, H, W]."""
     missed, false = count_mistakes(annotations, diagnosis)
-    drawn = {}
     for number, row in enumerate(rows):
         try:
             image = coco_utils.load_image(annotations, Path(images_dir), row)[..., :3]
         except DataError:  # evaluation has reported it
             continue
         mistakes = f"detections, score >= {MIN_SHOWN_SCORE}: {missed[row]} missed, {false[row]} false"
-        name = f"{number:04d}_{Path(annotations.file_name(row)).stem}"
-        drawn[name] = pictures.side_by_side(
-            draw_objects(annotations, diagnosis, row, image),
-            draw_detections(annotations, diagnosis, row, image, mistakes),
-        )
-    return drawn
+        image, scale = pictures.fit_for_viewing(image)
+        objects = draw_objects(annotations, diagnosis, row, image, scale)
+        found = draw_detections(annotations, diagnosis, row, image, scale, mistakes)
+        yield f"{number:04d}_{Path(annotations.file_name(row)).stem}", pictures.side_by_side(objects, found)
 
 
-def draw_objects(annotations: CocoAnnotations, diagnosis: Diagnosis, row: int, image: ndarray) -> Tensor:
+def draw_objects(annotations: CocoAnnotations, diagnosis: Diagnosis, row: int, image: ndarray, scale: float) -> Tensor:
     """The ground truth of an image; what no detection found is marked as missed."""
     span = slice(*annotations.offsets[row : row + 2])
     found = diagnosis.found[diagnosis.detections[:, 5] >= MIN_SHOWN_SCORE]
@@ -71,18 +68,19 @@ def draw_objects(annotations: CocoAnnotations, diagnosis: Diagnosis, row: int, i
         " (crowd)" if is_crowd else "" if was_found else " (missed)"
         for is_crowd, was_found in zip(annotations.is_crowd[span], is_found, strict=True)
     ]
-    return draw(annotations, image, annotations.boxes[span], annotations.category_ids[span], notes, "ground truth")
+    boxes = annotations.boxes[span] * scale
+    return draw(annotations, image, boxes, annotations.category_ids[span], notes, "ground truth")
 
 
 def draw_detections(
-    annotations: CocoAnnotations, diagnosis: Diagnosis, row: int, image: ndarray, caption: str
+    annotations: CocoAnnotations, diagnosis: Diagnosis, row: int, image: ndarray, scale: float, caption: str
 ) -> Tensor:
     """The detections in an image, the surest on top; the false ones are marked."""
     detections = diagnosis.detections
     chosen = np.flatnonzero((detections[:, 0] == annotations.image_ids[row]) & (detections[:, 5] >= MIN_SHOWN_SCORE))
     chosen = chosen[np.argsort(detections[chosen, 5])]
     notes = [f" {detections[i, 5]:.2f}" + (" (false)" if diagnosis.is_false[i] else "") for i in chosen]
-    return draw(annotations, image, detections[chosen, 1:5], detections[chosen, 6], notes, caption)
+    return draw(annotations, image, detections[chosen, 1:5] * scale, detections[chosen, 6], notes, caption)
 
 
 def draw(annotations: CocoAnnotations, image: ndarray, boxes, category_ids, notes: list[str], caption: str) -> Tensor:
@@ -101,13 +99,13 @@ def draw_charts(annotations: CocoAnnotations, scores: Scores, diagnosis: Diagnos
     }
 
 
-def write_pictures(output_dir: Path, drawn: dict[str, Tensor]) -> None:
-    """Writes pictures by name, in the place of those of an earlier evaluation."""
+def write_pictures(output_dir: Path, drawn: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes pictures by name, each as it is drawn, in the place of an earlier evaluation's."""
     folder = output_dir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    for outdated in folder.glob("[0-9]*.png"):
+    for outdated in folder.glob("[0-9][0-9][0-9][0-9]_*.png"):
         outdated.unlink()
-    for name, picture in drawn.items():
+    for name, picture in drawn:
         pictures.save_png(picture, folder / f"{name}.png")
 
 

@@ -1,13 +1,13 @@
 """Evaluation within a training run: detection between two epochs, all that needs no model beside the next one."""
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import checkpoints
 import coco_eval
 import evaluate
 import reports
@@ -23,7 +23,7 @@ class Pending:
     """An evaluation whose scores are not known yet."""
 
     step: int
-    checkpoint: dict  # of the model that was evaluated
+    checkpoint: dict  # of the model that was evaluated, in the memory of the host
     report: Future
 
 
@@ -68,7 +68,7 @@ class Validation:
         state.evaluated_step = state.global_step
         if found is not None:
             report = self.thread.submit(self.report, found, state.global_step)
-            self.pending = Pending(state.global_step, copy.deepcopy(state.state_dict()), report)
+            self.pending = Pending(state.global_step, checkpoints.copy_to_host(state.state_dict()), report)
 
     def report(self, found: evaluate.Inference, step: int) -> tuple[str, dict]:
         """Scores and draws what was found. Returns what to print and the numbers to log."""
@@ -77,9 +77,9 @@ class Validation:
         seconds = time.perf_counter() - start
         diagnosis = coco_eval.diagnose(self.annotations, found.detections)
         rows = reports.choose_images(self.annotations, diagnosis, NUM_PICTURES, "first")
-        drawn = reports.draw_images(self.annotations, self.images_dir, diagnosis, rows)
+        drawn = dict(reports.draw_images(self.annotations, self.images_dir, diagnosis, rows))
         charts = reports.draw_charts(self.annotations, scores, diagnosis)
-        reports.write_pictures(Path(self.args.output_dir), drawn | charts)
+        reports.write_pictures(Path(self.args.output_dir), (drawn | charts).items())
         for name, picture in drawn.items():
             self.log.image(f"detections/{name}", picture, step)
         for name, chart in charts.items():

@@ -4,7 +4,7 @@
 
 Without --annotations it writes a file of train2017's size: 118,287 images, 860,001 boxes with polygons, about 450 MB.
 Each measurement is a process of its own: seconds until the data set of a training run stands (pycocotools: until its
-COCO object stands), and the most memory that this took. Then come two workers, started as a loader's are, which read
+COCO object stands), and the most memory that this took. Then come two workers, forked and then spawned, which read
 every annotation: the memory that this adds to a worker, not shared with any other. The last line is one JSON object.
 """
 

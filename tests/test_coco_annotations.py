@@ -43,10 +43,14 @@ def test_labels_are_the_ids_where_torchvisions_outputs_can_hold_them(write, ids,
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [
-        ([annotation(1), annotation(1)], "annotation 1 has id 1; it must be an integer that no earlier one has"),
-        ([annotation(0)], "annotation 0 has id 0; it must be .* not 0"),
+        (
+            [annotation(1), annotation(1)],
+            "annotation 1 has id 1; it must be .* that no earlier one has",
+        ),
+        ([annotation(0)], "annotation 0 has id 0; it must be a positive integer"),
         ([annotation("a")], "annotation 'a' has id 'a'"),
         ([annotation(10**15)], "annotation 1000000000000000 has id"),
+        ([annotation(-1)], "annotation -1 has id -1; it must be a positive integer"),
         ([annotation(4, image_id=9)], "annotation 4 has image_id 9; it must be the id of one of the images"),
         ([annotation(4, category_id=8), annotation(5, category_id=9)], r"annotation 4 has category_id 8.*\(and 1 more"),
         ([annotation(4, bbox=(0, 0, float("nan"), 5))], "annotation 4 has bbox .*nan.*finite"),

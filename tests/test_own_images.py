@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import coco_annotations
 import coco_eval
@@ -78,10 +78,60 @@ def test_photographs_are_turned_upright(checkpoint, data_path, tmp_path):
     assert [d | {"file_name": ""} for d in one] == [d | {"file_name": ""} for d in other]
 
 
+@pytest.mark.parametrize("damage", [b"\x00" * 40, b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_are_left_aside(data_path, tmp_path, damage):
+    image = Image.open(data_path / "val2017/000001.jpg")
+    image.save(tmp_path / "damaged.jpg", exif=damage)
+    assert own_images.load_upright(tmp_path / "damaged.jpg").shape[:2] == (image.height, image.width)
+
+
+def test_an_error_in_exif_data_does_not_matter(data_path, monkeypatch):
+    monkeypatch.setattr(Image.Image, "getexif", lambda _: 1 / 0)
+    assert own_images.load_upright(data_path / "val2017/000001.jpg").ndim == 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "image.png"))
+    np.testing.assert_array_equal(own_images.load_upright(tmp_path / "image.png")[..., :3], np.asarray(expected))
+
+
+def test_only_sure_detections_are_drawn_and_the_surest_on_top(data_path, tmp_path, monkeypatch, capsys):
+    written = []
+    draw_boxes = own_images.pictures.draw_boxes
+
+    def spy(image, boxes, labels, texts, caption):
+        written.extend(texts)
+        return draw_boxes(image, boxes, labels, texts, caption)
+
+    monkeypatch.setattr(own_images.pictures, "draw_boxes", spy)
+    dataset = own_images.ImageFiles([data_path / "val2017/000001.jpg"], preset=None)
+    detections = np.array([[0, 9, 9, 20, 20, score, 1] for score in (0.5, 0.9, 0.29, 0.3)])
+    own_images.report(tmp_path, dataset, detections, [], {1: "cat"})
+    assert written == ["cat 0.30", "cat 0.50", "cat 0.90"]
+    assert "000001.jpg: cat 0.90, cat 0.50, cat 0.30\n" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "detections.json").read_text())) == 4
+
+
+def test_own_photographs_are_never_replaced(checkpoint, data_path, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    shutil.copy(data_path / "val2017/000001.jpg", folder / "2023_1.png")
+    for images in (folder, folder / "2023_1.png"):
+        with pytest.raises(DataError, match="choose another --output-dir"):
+            detect(checkpoint, images, tmp_path)
+    assert (folder / "2023_1.png").exists()
+
+
 def test_boxes_are_drawn_where_they_are_on_large_images():
-    image = np.zeros((1000, 2560, 4), np.uint8)
+    image = np.zeros((1000, 2560, 3), np.uint8)
     picture = own_images.draw(image, np.array([[0, 512.0, 200, 1024, 400, 0.9, 1]]), {1: "cat"})
-    assert picture.shape == (3, 500 + 18, own_images.MAX_PICTURED_SIDE)
+    assert picture.shape == (3, 500 + 18, own_images.pictures.MAX_SIDE)
     assert picture[:, 18 + 200, 256].max() > 0  # half way down its left side
     assert picture[:, 18 + 200, 250].max() == 0
 
@@ -104,7 +154,11 @@ def test_bad_images(checkpoint, data_path, tmp_path, capsys):
     [
         (["--checkpoint", "CHECKPOINT", "--images", "nowhere"], "nowhere: no such image or folder"),
         (["--checkpoint", "CHECKPOINT", "--images", "EMPTY"], r"has no image; looked for \.jpg, \.jpeg, \.png"),
-        (["--detections", "x.json", "--images", "EMPTY"], "--images has no ground truth: give --checkpoint"),
+        (
+            ["--detections", "x.json", "--images", "EMPTY"],
+            "has no ground truth and draws all: give --checkpoint",
+        ),
+        (["--checkpoint", "CHECKPOINT", "--images", "EMPTY", "--pictures", "3"], "no --pictures"),
         (["--checkpoint", "CHECKPOINT", "--images", "EMPTY", "--val-loss"], "no --val-loss"),
     ],
 )

@@ -69,7 +69,7 @@ def test_confusion_matrix_says_what_it_shows(figures):
         "cat (12)",
         "dog (0)",
         "cow (40005)",
-        "no object (2 false)",
+        "no object or a double (2)",
     ]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", "dog", "cow", "missed"]
     counts = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axes.texts}
@@ -85,7 +85,7 @@ def test_confusion_matrix_of_many_classes_names_those_shown(figures):
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert len(labels) == plots.SHOWN_CLASSES + 2
     assert {"class 30 (5)", "class 50 (1)"} < set(labels)
-    assert labels[-2:] == ["the rest (60)", "no object (0 false)"]
+    assert labels[-2:] == ["the rest (60)", "no object or a double (0)"]
     assert "20 of 80 classes" in axes.get_title(loc="left")
 
 

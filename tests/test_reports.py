@@ -64,6 +64,23 @@ def test_confusion_matrix(truth):
     assert matrix.tolist() == [[0, 1, 0], [0, 1, 2], [1, 2, 0]]
 
 
+def test_a_surer_detection_of_another_class_takes_no_object_from_a_right_one(truth):
+    detections = np.array([[1, 0, 0, 20, 20, 0.9, STAR], [1, 0, 0, 20, 20, 0.8, CIRCLE]])
+    matrix = coco_eval.confusion_matrix(truth, coco_eval.diagnose(truth, detections), min_score=0.3)
+    assert matrix.tolist() == [[0, 0, 1], [0, 1, 2], [1, 0, 0]]
+
+
+def test_images_with_very_many_objects(write):
+    """COCO's metrics look at 100 detections of an image and class, which says nothing about the others."""
+    boxes = [[10 * (i % 15), 10 * (i // 15), 9, 9] for i in range(150)]
+    objects = [annotation(i + 1, category_id=3, bbox=box) for i, box in enumerate(boxes[:120])]
+    a = coco_annotations.read_annotations(write(objects, [image(1, 200, 200)]))
+    detections = np.array([[1, *box, 0.9 - 0.001 * i, 3] for i, box in enumerate(boxes)])
+    diagnosis = coco_eval.diagnose(a, detections)
+    assert ((diagnosis.found > 0).sum(), diagnosis.is_false.sum()) == (120, 30)
+    assert coco_eval.confusion_matrix(a, diagnosis, 0.3).tolist() == [[120, 0, 0], [0, 0, 0], [30, 0, 0]]
+
+
 def test_nothing_detected_and_nothing_to_detect(truth, write):
     nothing = coco_eval.diagnose(truth, np.zeros((0, 7)))
     assert reports.count_mistakes(truth, nothing)[0].sum() == 4
@@ -87,6 +104,7 @@ def test_which_images_are_drawn(truth):
     assert ids(3, "first") == truth.image_ids[:3].tolist()
     assert ids(2, "worst") == [1, 3]
     assert sorted(ids(10, "random")) == [1, 2, 3, 9]
+    assert ids(10, "random") != ids(10, "first")
     assert ids(2, "random") == ids(2, "random")
 
 
@@ -103,7 +121,7 @@ def test_pictures_name_mistakes(truth, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "draw_boxes", spy)
     diagnosis = coco_eval.diagnose(truth, DETECTIONS)
     rows = [truth.image_ids.tolist().index(image_id) for image_id in (1, 2, 9)]
-    drawn = reports.draw_images(truth, tmp_path, diagnosis, rows)
+    drawn = dict(reports.draw_images(truth, tmp_path, diagnosis, rows))
     assert list(drawn) == ["0000_1", "0001_2"]  # the third cannot be read
     assert written == [
         ("ground truth", ["circle", "star (missed)"]),
@@ -111,6 +129,15 @@ def test_pictures_name_mistakes(truth, tmp_path, monkeypatch):
         ("ground truth", ["star (crowd)"]),
         ("detections, score >= 0.3: 0 missed, 1 false", ["circle 0.60 (false)", "star 0.90"]),
     ]
+
+
+def test_pictures_replace_those_of_an_earlier_evaluation_and_nothing_else(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("0003_old.png", "12.png", "holiday.png"):
+        (folder / name).touch()
+    reports.write_pictures(tmp_path, [("0000_new", torch.zeros(3, 5, 5, dtype=torch.uint8))])
+    assert {path.name for path in folder.iterdir()} == {"0000_new.png", "12.png", "holiday.png"}
 
 
 def test_counts_by_threshold(truth):
@@ -141,7 +168,7 @@ def random_set(write, seed: int) -> tuple[coco_annotations.CocoAnnotations, np.n
 
 
 def naive_diagnosis(a: coco_annotations.CocoAnnotations, detections: np.ndarray) -> tuple[list[int], list[list[int]]]:
-    """Found annotations, within classes, and confusions, across them, by plain loops; knows no crowds."""
+    """Found annotations, and confusions, by plain loops; knows no crowds."""
 
     def iou(one, other) -> float:
         width, height = (min(one[i] + one[i + 2], other[i] + other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
@@ -150,21 +177,31 @@ def naive_diagnosis(a: coco_annotations.CocoAnnotations, detections: np.ndarray)
 
     image_of_box = np.repeat(a.image_ids, np.diff(a.offsets))
     found, matrix = [0] * len(detections), np.zeros((4, 4), dtype=int)
-    taken_within, taken = set(), set()
-    for i in np.argsort(-detections[:, 5], kind="stable"):
-        image_id, *box, score, category_id = detections[i]
-        near = [g for g in np.flatnonzero(image_of_box == image_id) if iou(box, a.boxes[g]) >= 0.5]
-        within = [g for g in near if a.category_ids[g] == category_id and g not in taken_within]
-        if within:
-            best = max(within, key=lambda g: iou(box, a.boxes[g]))
-            taken_within.add(best)
+    order = np.argsort(-detections[:, 5], kind="stable")
+
+    def best_of(i: int, candidates) -> int | None:
+        image_id, *box = detections[i, :5]
+        near = [g for g in candidates if image_of_box[g] == image_id and iou(box, a.boxes[g]) >= 0.5]
+        return max(near, key=lambda g: iou(box, a.boxes[g]), default=None)
+
+    free = set(range(len(a.boxes)))
+    for i in order:
+        best = best_of(i, [g for g in free if a.category_ids[g] == detections[i, 6]])
+        if best is not None:
+            free.remove(best)
             found[i] = int(a.annotation_ids[best])
-        free = [g for g in near if g not in taken]
-        if score >= 0.3:
-            best = max(free, key=lambda g: iou(box, a.boxes[g]), default=None)
-            taken.add(best)
-            matrix[3 if best is None else a.category_ids[best] - 1, int(category_id) - 1] += 1
-    for g in set(range(len(a.boxes))) - taken:
+    shown = [i for i in order if detections[i, 5] >= 0.3]
+    right = {found[i] for i in shown} - {0}
+    free = {g for g in range(len(a.boxes)) if a.annotation_ids[g] not in right}
+    for i in shown:
+        column = int(detections[i, 6]) - 1
+        if found[i]:
+            matrix[column, column] += 1
+            continue
+        best = best_of(i, free)
+        free.discard(best)
+        matrix[3 if best is None else a.category_ids[best] - 1, column] += 1
+    for g in free:
         matrix[a.category_ids[g] - 1, 3] += 1
     return found, matrix.tolist()
 

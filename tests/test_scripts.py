@@ -106,7 +106,10 @@ def test_results_do_not_depend_on_the_number_of_processes(run, trained, data_pat
 
 
 def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained, data_path, tmp_path):
-    console = run(*evaluation_of(trained, data_path, tmp_path), "--pictures", 2).stdout
+    console = run(*evaluation_of(trained, data_path, tmp_path), "--pictures", 2, "--pictures-by", "random").stdout
+    drawn = {path.name for path in (tmp_path / "pictures").glob("[0-9]*")}
+    assert len(drawn) == 2
+    assert drawn != {"0000_000001.png", "0001_000002.png"}  # the first
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     in_training = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[-1])
     assert {name: metrics[name] for name in coco_eval.METRICS} == pytest.approx(

@@ -3,12 +3,14 @@
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL
 
 import checkpoints
 import coco_annotations
+import coco_eval
 import coco_utils
 import evaluate
 import ssd
@@ -68,6 +70,27 @@ def test_scoring_goes_on_beside_the_next_epoch(data_path, tmp_path, slow_scoring
     for key in ("model", "optimizer", "lr_scheduler"):
         torch.testing.assert_close(best[key], first_epoch[key], rtol=0, atol=0)
     assert (best["evaluated_step"], best["best_ap"]) == (STEPS_PER_EPOCH, 0.5)
+
+
+def test_scoring_takes_no_line_from_the_console(data_path, tmp_path, monkeypatch, capsys):
+    """Steps that are printed while the other thread is within the scorer."""
+    steps_on = threading.Event()
+    make_evaluator, update = coco_eval.make_evaluator, TrainingState.update
+
+    def slow_evaluator(*arguments):
+        steps_on.wait(timeout=60)
+        return make_evaluator(*arguments)
+
+    def telling_update(state):
+        update(state)
+        if state.global_step > STEPS_PER_EPOCH + 1:
+            steps_on.set()
+
+    monkeypatch.setattr(coco_eval, "make_evaluator", slow_evaluator)
+    monkeypatch.setattr(TrainingState, "update", telling_update)
+    train_epochs(data_path, tmp_path, "--print-freq", 1)
+    assert steps_on.is_set()
+    assert capsys.readouterr().out.count("Epoch: [") == 2 * STEPS_PER_EPOCH
 
 
 @pytest.mark.usefixtures("slow_scoring")
@@ -154,3 +177,13 @@ def test_an_image_that_cannot_be_read_adds_nothing_to_the_loss(data_path, tmp_pa
     found = evaluate.infer_as_flagged(args, model, *dataset)
     assert len(found.faults) == len(a.image_ids)
     assert evaluate.score(a, found, "hotcoco").metrics["loss"]["loss"] == 0
+
+
+def test_a_missing_or_doubled_image_is_an_error():
+    shares = [evaluate.Inference(np.array(ids), np.zeros((0, 7)), None, []) for ids in ([1, 3], [2])]
+    assert evaluate.merge(shares, np.array([3, 1, 2])).image_ids.tolist() == [1, 2, 3]
+    for expected in ([1, 2, 3, 4], [1, 2], [1, 2, 2, 3]):
+        with pytest.raises(RuntimeError, match="missing or came twice"):
+            evaluate.merge(shares, np.array(expected))
+    with pytest.raises(RuntimeError, match="missing or came twice"):
+        evaluate.merge([*shares, shares[1]], np.array([1, 2, 3]))
