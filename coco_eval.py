@@ -196,7 +196,8 @@ def confusion_matrix(annotations: CocoAnnotations, diagnosis: Diagnosis, min_sco
     """
     is_shown = diagnosis.detections[:, 5] >= min_score
     found = diagnosis.found[is_shown & (diagnosis.found > 0)]
-    is_left = ~annotations.is_crowd & ~np.isin(annotations.annotation_ids, found)
+    is_found = np.isin(annotations.annotation_ids, found)
+    is_left = ~annotations.is_crowd & ~is_found
     false = diagnosis.detections[is_shown & diagnosis.is_false]
     evaluator = make_evaluator(annotations, false, "hotcoco", is_left)
     confused = evaluator.confusion_matrix(iou_thr=MATCHING_IOU, max_det=max(len(false), 1))
@@ -204,7 +205,7 @@ def confusion_matrix(annotations: CocoAnnotations, diagnosis: Diagnosis, min_sco
     order = [*(confused["cat_ids"].index(category_id) for category_id in category_ids), -1]
     matrix = confused["matrix"][np.ix_(order, order)].astype(np.int64)
     for k, category_id in enumerate(category_ids):
-        matrix[k, k] = (annotations.category_ids[np.isin(annotations.annotation_ids, found)] == category_id).sum()
+        matrix[k, k] = (annotations.category_ids[is_found] == category_id).sum()
     return matrix
 
 

@@ -1,10 +1,12 @@
 """Data in COCO's format: images, data sets, and the order of an epoch."""
 
 import contextlib
+import ctypes
 import io
 import multiprocessing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,15 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-import utils
 from coco_annotations import CocoAnnotations, DataError
 from shared_files import SharedFiles
 
 WIDE_MODES = ("I", "I;16")  # what Pillow calls PNG files of 16 bits, by version; it would clip them to 8
 MIN_BOX_SIDE = 0.01  # pixels; the sides of smaller boxes may round to zero when they are cropped and resized
+
+# of glibc's mallopt(3), and the highest threshold that all its versions accept
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 32 * 2**20
 
 
 @contextlib.contextmanager
@@ -89,19 +94,14 @@ def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content
 
 def fault_of_image(annotations: CocoAnnotations, images_dir: Path, row: int) -> str:
     """What is wrong with an image; an empty text if nothing is."""
-    try:
-        load_image(annotations, images_dir, row)
-    except DataError as error:
-        return str(error)
-    return ""
+    _, fault = load_or_skip(lambda: load_image(annotations, images_dir, row), skip_bad_images=True)
+    return fault
 
 
-def load_or_skip(
-    annotations: CocoAnnotations, images_dir: Path, row: int, skip_bad_images: bool, content: bytes | None = None
-) -> tuple[ndarray, str]:
-    """An image and an empty text; for a bad one, if such are to be skipped, a black pixel and what is wrong."""
+def load_or_skip(load: Callable[[], ndarray], skip_bad_images: bool) -> tuple[ndarray, str]:
+    """What ``load`` returns and an empty text; for a bad image, if such are skipped, a black pixel and its fault."""
     try:
-        return load_image(annotations, images_dir, row, content), ""
+        return load(), ""
     except DataError as error:
         if not skip_bad_images:
             raise
@@ -185,7 +185,8 @@ class CocoTrainDataset(Dataset):
         row = self.rows[index]
         boxes, labels = objects_of_image(self.annotations, row)
         content = self.files[row] if self.files else None
-        image, fault = load_or_skip(self.annotations, self.images_dir, row, self.skip_bad_images, content)
+        load = partial(load_image, self.annotations, self.images_dir, row, content)
+        image, fault = load_or_skip(load, self.skip_bad_images)
         if fault:
             boxes, labels = boxes[:0], labels[:0]
         rng = np.random.default_rng((self.seed, epoch, 1 + index))  # with 0 it would be that of the epoch's order
@@ -218,7 +219,8 @@ class CocoEvalDataset(Dataset):
 
     def __getitem__(self, row: int) -> dict:
         boxes, labels = objects_of_image(self.annotations, row)
-        image, fault = load_or_skip(self.annotations, self.images_dir, row, self.skip_bad_images)
+        load = partial(load_image, self.annotations, self.images_dir, row)
+        image, fault = load_or_skip(load, self.skip_bad_images)
         if fault:
             boxes, labels = boxes[:0], labels[:0]
         return self.preset(image, boxes) | {
@@ -289,6 +291,18 @@ def collate(samples: list[dict], num_slots: int = 0) -> dict:
     return batch
 
 
+def keep_freed_memory(worker_id: int | None = None) -> None:
+    """Lets the C library keep memory that is freed; for a loader worker, as its ``worker_init_fn``.
+
+    A worker needs the same few megabytes again for every image. By default glibc returns them to the kernel each time,
+    and to get them back, page by page, takes as long as decoding. Other C libraries are left as they are.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        set_option = ctypes.CDLL(None).mallopt
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            set_option(option, KEPT_BYTES)
+
+
 def make_loader(dataset: Dataset, workers: int, *, pin_memory: bool = False, **settings) -> DataLoader:
     """A DataLoader with ``workers`` processes, started so that neither they nor the random state of a run can suffer.
 
@@ -303,7 +317,7 @@ def make_loader(dataset: Dataset, workers: int, *, pin_memory: bool = False, **s
         dataset,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=utils.keep_freed_memory,
+        worker_init_fn=keep_freed_memory,
         multiprocessing_context=context,
         generator=torch.Generator(),  # by default it would draw from the random state that checkpoints keep
         **settings,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,13 +94,7 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
-        fault = ""
-        try:
-            image = load_upright(self.paths[index])
-        except DataError as error:
-            if not self.skip_bad_images:
-                raise
-            image, fault = np.zeros((1, 1, 4), np.uint8), str(error)
+        image, fault = coco_utils.load_or_skip(partial(load_upright, self.paths[index]), self.skip_bad_images)
         sample = self.preset(image, np.zeros((0, 4), np.float32))
         no_labels = torch.zeros(0, dtype=torch.int64)
         return sample | {
@@ -153,8 +148,7 @@ def draw(image: ndarray, detections: ndarray, names: dict[int, str]) -> Tensor:
     """An image with its detections [N, 7], surest first: uint8 [3, H, W]."""
     image, scale = pictures.fit_for_viewing(image)
     boxes = detections[::-1, 1:5] * scale  # the surest is drawn last
-    corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
     labels = detections[::-1, 6].astype(int).tolist()
     texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, detections[::-1, 5], strict=True)]
     caption = f"{len(detections)} detections, score >= {reports.MIN_SHOWN_SCORE}"
-    return pictures.draw_boxes(image, corners, labels, texts, caption)
+    return pictures.draw_boxes(image, pictures.to_corners(boxes), labels, texts, caption)

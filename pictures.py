@@ -23,6 +23,11 @@ def fit_for_viewing(image: ndarray) -> tuple[ndarray, float]:
     return np.asarray(Image.fromarray(image).resize(size)), scale
 
 
+def to_corners(boxes: ndarray) -> ndarray:
+    """Boxes [N, 4], xywh as COCO has them, to xyxy."""
+    return np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+
+
 def draw_boxes(image: ndarray, boxes: ndarray, labels: Sequence[int], texts: Sequence[str], caption: str) -> Tensor:
     """A picture with boxes, each in the colour of its class, under a caption.
 

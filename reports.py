@@ -85,9 +85,9 @@ def draw_detections(
 
 def draw(annotations: CocoAnnotations, image: ndarray, boxes, category_ids, notes: list[str], caption: str) -> Tensor:
     """An image with boxes [N, 4], xywh, each with the name of its class and a note."""
-    corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
     texts = [annotations.categories[i] + note for i, note in zip(category_ids, notes, strict=True)]
-    return pictures.draw_boxes(image, corners, [annotations.label_of[i] for i in category_ids], texts, caption)
+    labels = [annotations.label_of[i] for i in category_ids]
+    return pictures.draw_boxes(image, pictures.to_corners(boxes), labels, texts, caption)
 
 
 def draw_charts(annotations: CocoAnnotations, scores: Scores, diagnosis: Diagnosis) -> dict[str, Tensor]:

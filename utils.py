@@ -4,7 +4,6 @@ The only room that knows ranks and process groups. Work for the main process alo
 """
 
 import contextlib
-import ctypes
 import datetime
 import functools
 import inspect
@@ -28,10 +27,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent
-
-# of glibc's mallopt(3), and the highest threshold that all its versions accept
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 32 * 2**20
 
 
 def init_distributed(device: str | None) -> torch.device:
@@ -217,18 +212,6 @@ def tensors_of(batch: dict) -> Iterator[Tensor]:
             yield from tensors_of(value)
         else:
             yield value
-
-
-def keep_freed_memory(worker_id: int | None = None) -> None:
-    """Lets the C library keep memory that is freed; for a loader worker, as its ``worker_init_fn``.
-
-    A worker needs the same few megabytes again for every image. By default glibc returns them to the kernel each time,
-    and to get them back, page by page, takes as long as decoding. Other C libraries are left as they are.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        set_option = ctypes.CDLL(None).mallopt
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            set_option(option, KEPT_BYTES)
 
 
 def max_memory() -> float:

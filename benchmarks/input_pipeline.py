@@ -34,7 +34,6 @@ import coco_annotations
 import coco_utils
 import flags
 import presets
-import utils
 from coco_utils import CocoTrainDataset
 
 BATCH_SIZE = 8
@@ -114,7 +113,7 @@ def start(name: str, root: Path) -> None:
     torch.set_num_threads(1)
     one_pass, keeps_memory = VARIANTS[name]
     if keeps_memory:
-        utils.keep_freed_memory()
+        coco_utils.keep_freed_memory()
     data = open_data_set(root)
 
 

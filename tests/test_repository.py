@@ -25,7 +25,7 @@ ALLOWED_IMPORTS = {
     "checkpoints": {"coco_annotations", "coco_utils", "utils", "ssd"},
     "presets": {"transforms"},
     "coco_eval": {"coco_annotations"},
-    "coco_utils": {"coco_annotations", "shared_files", "utils"},
+    "coco_utils": {"coco_annotations", "shared_files"},
     "check_data": {"flags", "coco_annotations", "coco_utils", "utils"},
     **{room: set() for room in ("transforms", "coco_annotations", "shared_files", "utils")},
     **{room: set() for room in ("pictures", "plots", "shapes", "ssd")},
