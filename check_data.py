@@ -10,6 +10,8 @@ from torch.utils.data import Dataset
 import coco_annotations
 import coco_utils
 import flags
+import loading
+import run_log
 import utils
 from coco_annotations import CocoAnnotations, DataError
 
@@ -59,7 +61,7 @@ def find_faults(args: argparse.Namespace) -> Iterator[str]:
             continue
         yield from faults
         if images_dir.is_dir():
-            yield from faults_of_images(annotations, images_dir, args.workers)
+            yield from faults_of_images(annotations, images_dir, args)
         else:
             yield f"{images_dir}: no such image folder"
         for line in describe(annotations):
@@ -75,16 +77,17 @@ def find_faults(args: argparse.Namespace) -> Iterator[str]:
             yield str(error)
 
 
-def faults_of_images(annotations: CocoAnnotations, images_dir: Path, workers: int) -> Iterator[str]:
+def faults_of_images(annotations: CocoAnnotations, images_dir: Path, args: argparse.Namespace) -> Iterator[str]:
     """Decodes every image, with a progress bar."""
     dataset = ImageFaults(annotations, images_dir)
-    loader = coco_utils.make_loader(dataset, workers, batch_size=IMAGES_AT_A_TIME, collate_fn=list)
-    line, done = utils.LiveLine(), 0
+    settings = {"batch_size": IMAGES_AT_A_TIME, "collate_fn": list}
+    loader = loading.make_loader(dataset, args.workers, args.loader_timeout, **settings)
+    line, done = run_log.LiveLine(), 0
     for faults in loader:
         done += len(faults)
         line.clear()
         yield from filter(None, faults)
-        line.show(f"{images_dir} {utils.bar(done, len(dataset))}")
+        line.show(f"{images_dir} {run_log.bar(done, len(dataset))}")
     line.clear()
 
 

@@ -1,129 +1,118 @@
-"""Checkpoints: what they hold, how they reach the disk, and which of them a run may continue from."""
+"""Checkpoints: how they reach the disk, which of them a run may continue from, and what it may change."""
 
 import argparse
+import contextlib
 import os
+import re
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 import coco_annotations
 import ssd
 import utils
 from coco_utils import CocoTrainDataset
+from training_state import TrainingState
 
-VERSION = 1
-RUN_FILES = ("checkpoint.pth", "best.pth", "metrics.jsonl", "args.json", "pictures", "events.out.tfevents*")
-# what a resumed run must share with the run that it continues
+LATEST, BEST = "checkpoint.pth", "best.pth"
+OLDER = re.compile(r"checkpoint_(\d+)\.pth")  # by step
+RUN_FILES = (LATEST, "checkpoint_*.pth", BEST, "metrics.jsonl", "args.json", "pictures", "events.out.tfevents*")
+# what a resumed run must share with the run that it continues, beside the number of images of a step
 FIXED_FLAGS = (
     "model",
     "seed",
     "batch_size",
-    "accumulate",
-    "world_size",
     "opt",
     "momentum",
     "weight_decay",
     "trainable_backbone_layers",
 )
+FREE_FLAGS = {"resume", "output_dir", "tuned_for_batch"}  # no change of them is worth a line
+KEYS = {"model", "optimizer", "lr_scheduler", "scaler", "rng", "args", "categories", "num_images", "evaluated_step"}
 
 
-@dataclass
-class TrainingState:
-    """Everything that training changes, and so everything that a checkpoint must hold."""
+class Checkpoints:
+    """The checkpoints of a run in its output folder: the latest, the best, and ``keep`` older ones.
 
-    model: ssd.SSD
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: LambdaLR
-    scaler: torch.amp.GradScaler
-    steps_per_epoch: int
-    accumulate: int = 1
-    evaluated_step: int = 0
-    best_ap: float = -1.0
-    num_parts: int = 0  # batches whose gradients the next step has so far
+    Args:
+        output_dir: the folder.
+        keep: how many checkpoints older than the latest stay, beside the best.
+        origin: what each tells about its origin, beside the training state.
+        latest_step: the step of the latest that the folder has already, if any.
+    """
 
-    def __post_init__(self):
-        if self.accumulate > 1:
-            # To gradients that exist PyTorch adds. The first ones it takes over as they are, and where they lie in
-            # the memory of a CUDA graph (--compile reduce-overhead), the next batch would overwrite them.
-            for parameter in self.model.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    def __init__(self, output_dir: Path, keep: int, origin: dict, latest_step: int | None):
+        self.output_dir = output_dir
+        self.keep = keep
+        self.origin = origin
+        self.latest_step = latest_step
+        self.saved = None  # how far the run was when it last saved
 
-    @property
-    def global_step(self) -> int:
-        """Steps done since the start of training."""
-        return self.lr_scheduler.last_epoch
+    def save(self, state: TrainingState) -> None:
+        """Saves ``state`` as the latest, unless it already is.
 
-    @property
-    def completes_step(self) -> bool:
-        """Whether the next batch is the last of a step."""
-        return self.num_parts + 1 == self.accumulate
+        Raises:
+            ValueError: it cannot be written; on all processes.
+            FloatingPointError: it has weights or momenta that are not finite; on all processes.
+        """
+        progress = (state.global_step, state.evaluated_step)
+        if progress == self.saved:
+            return
+        utils.run_on_main(lambda: self.write(state.state_dict(), state.global_step))
+        self.saved, self.latest_step = progress, state.global_step
 
-    def add_gradients(self, loss: Tensor) -> None:
-        """Adds those of the loss of a batch, which counts as one of ``accumulate``."""
-        self.scaler.scale(loss / self.accumulate).backward()
-        self.num_parts += 1
+    def save_best(self, state_dict: dict) -> None:
+        """Saves a state as the best; on the main process only."""
+        save_checkpoint(state_dict | self.origin, self.output_dir / BEST)
 
-    def update(self) -> None:
-        """One step down the gradients."""
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=self.accumulate == 1)
-        self.lr_scheduler.step()
-        self.num_parts = 0
-
-    def state_dict(self) -> dict:
-        """Tensors and plain data. ``epoch`` is the last complete one, as in torchvision; ``step`` counts since then."""
-        return {
-            "model": finite(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.global_step // self.steps_per_epoch - 1,
-            "step": self.global_step % self.steps_per_epoch,
-            "evaluated_step": self.evaluated_step,
-            "best_ap": self.best_ap,
-            "rng": torch.get_rng_state(),
-        }
-
-    def load_state_dict(self, checkpoint: dict) -> None:
-        """Continues from ``checkpoint``, with the learning rates of this run's flags, and its way to compute a step."""
-        base_lrs = self.lr_scheduler.base_lrs
-        is_fused = [group["fused"] for group in self.optimizer.param_groups]
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"] | {"base_lrs": base_lrs})
-        for group, fused, base_lr, factor in zip(
-            self.optimizer.param_groups, is_fused, base_lrs, self.lr_scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base_lr * factor(self.global_step)
-            group["fused"] = fused
-        if checkpoint["scaler"]:  # empty without fp16
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.evaluated_step = checkpoint["evaluated_step"]
-        self.best_ap = checkpoint["best_ap"]
-        torch.set_rng_state(checkpoint["rng"])
+    def write(self, state_dict: dict, step: int) -> None:
+        latest = self.output_dir / LATEST
+        if self.keep and self.latest_step not in (None, step):
+            keep_as(latest, self.output_dir / f"checkpoint_{self.latest_step}.pth")
+        save_checkpoint(state_dict | self.origin, latest)
+        for path in list(older_checkpoints(self.output_dir))[self.keep :]:
+            path.unlink(missing_ok=True)
 
 
-def finite(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state_dict``, unless a weight is nan or infinite: such a model must not replace a good checkpoint."""
-    for name, value in state_dict.items():
-        if not value.isfinite().all():
-            raise FloatingPointError(f"the weight {name} is no longer finite and was not saved; lower --lr")
-    return state_dict
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Writes a checkpoint, with an error for the user.
+
+    Raises:
+        ValueError: it cannot be written; the one before is as it was.
+        FloatingPointError: it has weights or momenta that are not finite.
+    """
+    check_finite(checkpoint, "nothing was saved; lower --lr")
+    try:
+        ssd.save_file(checkpoint | {"version": ssd.VERSION}, path)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be saved ({error.strerror}); the checkpoint before it is whole. "
+            "Mend that, and go on with --resume auto"
+        ) from None
 
 
-def copy_to_host(state):
-    """A copy of tensors and plain data that training will not change, in memory that a GPU does not lack."""
-    if isinstance(state, dict):
-        return {key: copy_to_host(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [copy_to_host(value) for value in state]
-    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
+def check_finite(checkpoint: dict, remedy: str) -> None:
+    """Raises FloatingPointError if a weight or momentum is nan or infinite."""
+    momenta = {f"{name} {i}": m for i, s in checkpoint["optimizer"]["state"].items() for name, m in s.items()}
+    for name in ssd.not_finite(checkpoint["model"] | momenta):
+        raise FloatingPointError(f"{name} is no longer finite; {remedy}")
+
+
+def keep_as(latest: Path, older: Path) -> None:
+    """Gives the latest checkpoint a second name, under which it stays when the next one replaces it."""
+    older.unlink(missing_ok=True)
+    try:
+        os.link(latest, older)
+    except OSError:  # of a file system without links; until the next one is written, only the older name is there
+        with contextlib.suppress(FileNotFoundError):
+            latest.rename(older)
+
+
+def older_checkpoints(output_dir: Path) -> dict[Path, int]:
+    """Those that were kept, with their steps, the newest first."""
+    steps = {path: int(match[1]) for path in output_dir.iterdir() if (match := OLDER.fullmatch(path.name))}
+    return dict(sorted(steps.items(), key=lambda one: one[1], reverse=True))
 
 
 def describe_origin(args: argparse.Namespace, dataset: CocoTrainDataset) -> dict:
@@ -132,7 +121,6 @@ def describe_origin(args: argparse.Namespace, dataset: CocoTrainDataset) -> dict
         "args": vars(args),
         "categories": dataset.annotations.classes,
         "num_images": len(dataset),
-        "version": VERSION,
         "git": git_commit(),
     }
 
@@ -146,45 +134,111 @@ def git_commit() -> str | None:
         return None
 
 
-def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Writes ``checkpoint`` so that ``path`` is the old or the new file at any moment, even if the machine dies."""
-    if not utils.is_main():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def find_checkpoint(args: argparse.Namespace) -> dict | None:
-    """The checkpoint to continue from: ``--resume``, or for ``auto`` that of the output folder, if it has one.
+def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | tuple[None, None]:
+    """The checkpoint to continue from: ``--resume``, or for ``auto`` the newest sound one of the output folder, if any.
 
     Raises:
-        ValueError: the file is no training checkpoint, or this run has other values of ``FIXED_FLAGS``.
+        ValueError: there are checkpoints, but none is sound, or this run has other values of ``FIXED_FLAGS``.
     """
-    path = Path(args.output_dir) / "checkpoint.pth" if args.resume == "auto" else args.resume
-    if not path or (args.resume == "auto" and not path.exists()):
-        return None
+    if args.resume is None:
+        return None, None
+    if args.resume == "auto":
+        path, checkpoint = newest_sound(Path(args.output_dir))
+    else:
+        path, checkpoint = Path(args.resume), read_checkpoint(Path(args.resume))
+    if checkpoint is not None:
+        check_flags(args, path, checkpoint["args"])
+    return path, checkpoint
+
+
+def newest_sound(output_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
+    """The latest checkpoint of a folder; if that is damaged, the newest of the others.
+
+    Raises:
+        ValueError: all are damaged.
+    """
+    if not output_dir.is_dir():
+        return None, None
+    sound, faults = [], []
+    others = [*older_checkpoints(output_dir), output_dir / BEST]
+    for path in filter(Path.exists, (output_dir / LATEST, *others)):
+        try:
+            sound.append((path, read_checkpoint(path)))
+        except ValueError as error:
+            faults.append(error)
+        if sound and path.name == LATEST:
+            break
+    if not sound and faults:
+        raise ValueError(f"{faults[0]}; no other checkpoint in {output_dir} is sound")
+    path, checkpoint = max(sound, key=lambda one: step_of(one[1]), default=(None, None))
+    for fault in faults:
+        utils.print_on_main(f"{fault}; continuing from {path} instead")
+    return path, checkpoint
+
+
+def step_of(checkpoint: dict) -> int:
+    return checkpoint["lr_scheduler"]["last_epoch"]
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint of train.py.
+
+    Raises:
+        ValueError: it is missing, damaged, not finite, or none of train.py.
+    """
     checkpoint = ssd.load_file(path)
-    if "lr_scheduler" not in checkpoint or "categories" not in checkpoint:
+    if not checkpoint.keys() >= KEYS:
         raise ValueError(f"{path}: not a checkpoint of train.py; to start from its weights use --weights {path}")
-    if args.trainable_backbone_layers is None:
-        args.trainable_backbone_layers = checkpoint["args"]["trainable_backbone_layers"]
-    for name in FIXED_FLAGS:
-        # the first checkpoints do not tell --accumulate, which did not exist
-        old, new = ({"accumulate": 1} | checkpoint["args"])[name], getattr(args, name)
-        if old != new:
-            setting = "number of processes" if name == "world_size" else "--" + name.replace("_", "-")
-            raise ValueError(f"{path}: was made with {setting} {old}, this run has {new}; they must agree")
+    try:
+        check_finite(checkpoint, "the checkpoint is of no use")
+    except FloatingPointError as error:
+        raise ValueError(f"{path}: {error}") from None
     return checkpoint
 
 
+def check_flags(args: argparse.Namespace, path: Path, old: dict) -> None:
+    """Takes over what the flags leave open, and names what they change.
+
+    Raises:
+        ValueError: they change what must stay as it was.
+    """
+    old = {"accumulate": 1} | old  # the first checkpoints do not tell it, as it did not exist
+    if args.trainable_backbone_layers is None:
+        args.trainable_backbone_layers = old["trainable_backbone_layers"]
+    for name in FIXED_FLAGS:
+        if old[name] != getattr(args, name):
+            raise ValueError(
+                f"{path}: was made with {flag(name)} {old[name]}, this run has {getattr(args, name)}; they must agree"
+            )
+    batches = old["world_size"] * old["accumulate"]
+    if args.world_size * args.accumulate != batches:
+        raise ValueError(
+            f"{path}: was made with {old['world_size']} processes and --accumulate {old['accumulate']}, this run has "
+            f"{args.world_size} and {args.accumulate}; their product must stay {batches}"
+        )
+    for change in changes(old, vars(args)):
+        utils.print_on_main(f"Changed since {path}: {change}")
+
+
+def changes(old: dict, new: dict) -> Iterator[str]:
+    """A text for each flag that a resumed run changes."""
+    for name in sorted(old.keys() & new.keys() - FREE_FLAGS):
+        if old[name] != new[name]:
+            yield f"{flag(name)} {old[name]} -> {new[name]}"
+
+
+def flag(name: str) -> str:
+    return "number of processes" if name == "world_size" else "--" + name.replace("_", "-")
+
+
 def begin_or_continue(
-    args: argparse.Namespace, state: TrainingState, checkpoint: dict | None, dataset: CocoTrainDataset
-) -> None:
-    """Brings ``state`` to where ``checkpoint`` was, if there is one, and readies the output folder.
+    args: argparse.Namespace,
+    state: TrainingState,
+    path: Path | None,
+    checkpoint: dict | None,
+    dataset: CocoTrainDataset,
+) -> Checkpoints:
+    """Brings ``state`` to where ``checkpoint``, read from ``path``, was, if there is one; readies the output folder.
 
     Raises:
         ValueError: the checkpoint is of other data, or the processes found different ones.
@@ -195,10 +249,17 @@ def begin_or_continue(
         state.load_state_dict(checkpoint)
     if not utils.all_agree(state.global_step):
         raise ValueError("the processes found different checkpoints: --output-dir must be shared by all machines")
-    if checkpoint is None or not continues_in_place(args):
-        set_aside_earlier_run(output_dir)
-    if not (output_dir / "best.pth").exists():
+    latest_step = None
+    if checkpoint is None or path.resolve().parent != output_dir.resolve():
+        set_aside(output_dir, [file for name in RUN_FILES for file in output_dir.glob(name)])
+    elif path.name == LATEST:
+        latest_step = state.global_step
+    else:
+        later = [file for file, step in older_checkpoints(output_dir).items() if step > state.global_step]
+        set_aside(output_dir, [*output_dir.glob(LATEST), *later])
+    if not (output_dir / BEST).exists():
         state.best_ap = -1.0  # that of the resumed run is elsewhere
+    return Checkpoints(output_dir, args.keep, describe_origin(args, dataset), latest_step)
 
 
 def check_same_data(checkpoint: dict, dataset: CocoTrainDataset) -> None:
@@ -211,18 +272,13 @@ def check_same_data(checkpoint: dict, dataset: CocoTrainDataset) -> None:
         )
 
 
-def continues_in_place(args: argparse.Namespace) -> bool:
-    """Whether ``--resume`` names a checkpoint of the output folder, whose log then goes on."""
-    return args.resume == "auto" or Path(args.resume).resolve().parent == Path(args.output_dir).resolve()
-
-
-def set_aside_earlier_run(output_dir: Path) -> None:
-    """Moves the files of an earlier run into ``previous-N``: a new run must neither mix with them nor lose them."""
+def set_aside(output_dir: Path, files: list[Path]) -> None:
+    """Moves files of an earlier run into ``previous-N``: a run must neither mix with them nor lose them."""
     utils.barrier()  # a slower process may still be reading one of them
-    earlier = [path for name in RUN_FILES for path in output_dir.glob(name)] if utils.is_main() else []
-    if earlier:
+    if files and utils.is_main():
         folder = next(path for n in count(1) if not (path := output_dir / f"previous-{n}").exists())
         folder.mkdir()
-        for path in earlier:
-            path.rename(folder / path.name)
-        print(f"{output_dir} held an earlier run, which is now in {folder}")
+        for file in files:
+            file.rename(folder / file.name)
+        names = ", ".join(sorted(file.name for file in files))
+        print(f"{output_dir} held files that this run does not continue, now in {folder}: {names}")

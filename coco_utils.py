@@ -1,9 +1,7 @@
 """Data in COCO's format: images, data sets, and the order of an epoch."""
 
 import contextlib
-import ctypes
 import io
-import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,17 +13,13 @@ from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from coco_annotations import CocoAnnotations, DataError
 from shared_files import SharedFiles
 
 WIDE_MODES = ("I", "I;16")  # what Pillow calls PNG files of 16 bits, by version; it would clip them to 8
 MIN_BOX_SIDE = 0.01  # pixels; the sides of smaller boxes may round to zero when they are cropped and resized
-
-# of glibc's mallopt(3), and the highest threshold that all its versions accept
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 32 * 2**20
 
 
 @contextlib.contextmanager
@@ -289,36 +283,3 @@ def collate(samples: list[dict], num_slots: int = 0) -> dict:
         missing = max(num_slots - slots.shape[1], 0)
         batch[key] = F.pad(slots, [0, 0] * (slots.dim() - 2) + [0, missing])
     return batch
-
-
-def keep_freed_memory(worker_id: int | None = None) -> None:
-    """Lets the C library keep memory that is freed; for a loader worker, as its ``worker_init_fn``.
-
-    A worker needs the same few megabytes again for every image. By default glibc returns them to the kernel each time,
-    and to get them back, page by page, takes as long as decoding. Other C libraries are left as they are.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        set_option = ctypes.CDLL(None).mallopt
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            set_option(option, KEPT_BYTES)
-
-
-def make_loader(dataset: Dataset, workers: int, *, pin_memory: bool = False, **settings) -> DataLoader:
-    """A DataLoader with ``workers`` processes, started so that neither they nor the random state of a run can suffer.
-
-    The workers are forked from a server that has one thread. If this process were forked, they would inherit the locks
-    that its other threads hold at that moment, and could wait for them forever. (From 3.14 on, this is Python's way.)
-    """
-    context = None
-    if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torchvision"])  # so that a worker need not import them
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=keep_freed_memory,
-        multiprocessing_context=context,
-        generator=torch.Generator(),  # by default it would draw from the random state that checkpoints keep
-        **settings,
-    )

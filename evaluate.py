@@ -12,7 +12,9 @@ Prints the COCO table and writes metrics.json, detections.json and, with --pictu
 import argparse
 import itertools
 import json
+import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import coco_annotations
 import coco_eval
 import coco_utils
+import failures
 import flags
+import loading
 import own_images
 import presets
 import reports
@@ -57,8 +61,9 @@ def detect(
     category_id_of: dict[int, int],
     autocast: AbstractContextManager,
     with_loss: bool = False,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Inference:
-    """Runs ``model`` over the batches of ``loader``.
+    """Runs ``model`` over the batches of ``loader``, and ``after_batch`` after each of them.
 
     Raises:
         FloatingPointError: the model predicts boxes or scores that are not finite.
@@ -85,6 +90,7 @@ def detect(
         for image_id, fault, found in zip(batch["image_id"].tolist(), batch["fault"], results, strict=True):
             if not fault:
                 detections.append(coco_eval.detections_to_array(image_id, found, category_id_of))
+        after_batch()
     losses = np.concatenate(losses) if with_loss else None
     seconds = time.perf_counter() - start
     return Inference(np.concatenate(image_ids), np.concatenate(detections), losses, faults, seconds)
@@ -109,8 +115,10 @@ def infer(
     *,
     batch_size: int,
     workers: int,
+    loader_timeout: float,
     autocast: AbstractContextManager,
     with_loss: bool = False,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Inference | None:
     """Detects on every image of ``dataset`` once, shared among all processes.
 
@@ -118,19 +126,24 @@ def infer(
         model: predicts the labels of ``category_id_of``.
         dataset: samples as those of ``coco_utils.CocoEvalDataset``, and their ``image_ids``.
         category_id_of: the category of each label; other labels are left out.
-        batch_size, workers: of the loader, per process.
+        batch_size, workers, loader_timeout: of the loader, per process.
         autocast: context for the forward pass.
         with_loss: compute the loss too.
+        after_batch: called equally often by all processes, after each of their batches.
 
     Returns:
         On the main process what all have found, by image in the order of their ids; None elsewhere.
     """
     share = Subset(dataset, range(utils.rank(), len(dataset), utils.world_size()))
     on_gpu = model.default_boxes.device.type == "cuda"
-    loader = coco_utils.make_loader(
-        share, workers, pin_memory=on_gpu, batch_size=batch_size, collate_fn=coco_utils.collate
+    loader = loading.make_loader(
+        share, workers, loader_timeout, pin_memory=on_gpu, batch_size=batch_size, collate_fn=coco_utils.collate
     )
-    shares = utils.gather_to_main(detect(model, loader, category_id_of, autocast, with_loss))
+    found = detect(model, loader, category_id_of, autocast, with_loss, after_batch)
+    most_batches = math.ceil(math.ceil(len(dataset) / utils.world_size()) / batch_size)
+    for _ in range(most_batches - len(loader)):
+        after_batch()
+    shares = utils.gather_to_main(found)
     return None if shares is None else merge(shares, dataset.image_ids)
 
 
@@ -235,11 +248,25 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD,
     return model.to(device, memory_format=torch.channels_last), classes
 
 
-def infer_as_flagged(args: argparse.Namespace, model: ssd.SSD, dataset: Dataset, category_id_of: dict[int, int]):
+def infer_as_flagged(
+    args: argparse.Namespace,
+    model: ssd.SSD,
+    dataset: Dataset,
+    category_id_of: dict[int, int],
+    after_batch: Callable[[], None] = lambda: None,
+) -> Inference | None:
     """``infer`` with the values of the flags."""
-    autocast = flags.make_autocast(model.default_boxes.device, args.amp)
-    settings = {"batch_size": args.batch_size, "workers": args.workers, "autocast": autocast}
-    return infer(model, dataset, category_id_of, **settings, with_loss=args.val_loss)
+    return infer(
+        model,
+        dataset,
+        category_id_of,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        loader_timeout=args.loader_timeout,
+        autocast=flags.make_autocast(model.default_boxes.device, args.amp),
+        with_loss=args.val_loss,
+        after_batch=after_batch,
+    )
 
 
 def read_detections(args: argparse.Namespace, annotations: CocoAnnotations) -> Inference | None:
@@ -305,7 +332,7 @@ def detect_on_images(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = utils.init_distributed(args.device)
+    device = utils.init_distributed(args.device, args.dist_timeout)
     run = evaluate if args.images is None else detect_on_images
     args.output_dir = args.output_dir or DEFAULT_OUTPUT_DIRS[run.__name__]
     run(args, device)
@@ -313,5 +340,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
+    with failures.one_line_errors():
         main(get_args_parser().parse_args())

@@ -1,6 +1,7 @@
 """The flags that train.py and evaluate.py share, and what they name: data, device, precision."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -29,6 +30,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--device", type=device_name, help="cuda, cpu, ... (default: the GPU if there is one)")
     run.add_argument("--amp", nargs="?", const="bf16", choices=list(AMP_DTYPES), help="mixed precision, bf16 if bare")
     run.add_argument("--val-loss", action="store_true", help="compute the loss on the validation set too")
+    run.add_argument(
+        "--loader-timeout",
+        type=not_negative,
+        default=300,
+        help="seconds to wait for a batch; 0: forever (default: 300)",
+    )
+    run.add_argument(
+        "--dist-timeout", type=positive, default=1800, help="seconds to wait for another process (default: 1800)"
+    )
     run.add_argument("--output-dir", help="folder for everything that is written (default: in out)")
     parser.set_defaults(dataset="coco", workers=4)
 
@@ -44,6 +54,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
     return value
 
 

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,17 +26,24 @@ import checkpoints
 import coco_annotations
 import coco_utils
 import evaluate
+import failures
 import flags
+import loading
 import pictures
 import presets
 import shared_files
 import ssd
 import utils
-from checkpoints import TrainingState
+from checkpoints import Checkpoints
 from coco_annotations import CocoAnnotations
 from coco_utils import CocoTrainDataset, EpochBatchSampler
+from divergence import NOT_FINITE, Divergence
+from failures import Interrupted
+from interruption import Interruption
 from presets import DetectionPresetTrain
+from run_log import RunLog, StepLog
 from shared_files import SharedFiles
+from training_state import TrainingState
 from validation import Validation
 
 WARMUP_STEPS = 1000
@@ -66,22 +74,127 @@ def train_one_epoch(
     state: TrainingState,
     batch_losses: nn.Module,
     loader: DataLoader,
-    log: utils.StepLog,
-    after_step: Callable[[utils.StepLog], None],
+    log: StepLog,
+    check: Callable[[list[dict], list[Tensor], Tensor], None],
+    after_step: Callable[[], None],
 ) -> None:
-    """Trains on every batch of ``loader``; ``batch_losses`` is a ``BatchLosses`` or a wrapper of one."""
+    """Trains on every batch of ``loader``; ``batch_losses`` is a ``BatchLosses`` or a wrapper of one.
+
+    After each step ``check`` gets its batches, their losses and the norm of the gradients.
+    """
     state.model.train()
+    step_batches, step_losses = [], []
     for batch in utils.moved_batches(log.watch(loader), state.model.default_boxes.device):
         completes_step = state.completes_step
         with utils.averaging_gradients(batch_losses, enabled=completes_step):
             losses = batch_losses(batch)
             state.add_gradients(losses["loss"])
-        log.add(losses)
+        step_batches.append(batch)
+        step_losses.append(log.add(losses))
         if completes_step:
             lr = state.optimizer.param_groups[0]["lr"]
-            state.update()
-            log.update(lr)
-            after_step(log)
+            gradient_norm = state.update()
+            check(step_batches, step_losses, gradient_norm)
+            log.update(lr, state.overflows)
+            after_step()
+            step_batches, step_losses = [], []
+
+
+@dataclass
+class Training:
+    """A run from its first step to its last, or to where it is stopped."""
+
+    args: argparse.Namespace
+    state: TrainingState
+    batch_losses: nn.Module
+    sampler: EpochBatchSampler
+    loader: DataLoader
+    validation: Validation
+    checkpoints: Checkpoints
+    interruption: Interruption
+    log: RunLog
+
+    def __post_init__(self):
+        self.last_step = min(self.args.epochs * self.sampler.steps_per_epoch, self.args.max_steps or math.inf)
+        self.divergence = Divergence(Path(self.args.output_dir))
+        self.votes = utils.Votes()
+        self.step_log: StepLog | None = None
+
+    def run(self) -> None:
+        """Trains, evaluates and saves.
+
+        Raises:
+            Interrupted: a process was asked to stop; the state is saved.
+            FloatingPointError: a loss or a gradient is not finite; what was saved is from before.
+        """
+        try:
+            self.stop_if_asked(wait=True)
+            # Evaluation comes first, so that a run resumed between an epoch and its evaluation makes up for it.
+            while True:
+                if self.evaluation_is_due:
+                    self.validation.begin(after_batch=self.stop_if_asked)
+                if self.state.global_step >= self.last_step:
+                    break
+                self.train_epoch()
+                self.save()
+            self.save()  # with the evaluation of the last epoch
+        except Interrupted as reason:
+            self.save()
+            text = f"{reason}; everything is saved after {self.state.global_step} steps, go on with --resume auto"
+            raise utils.common(Interrupted(text)) from None
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        step, steps_per_epoch, eval_freq = self.state.global_step, self.sampler.steps_per_epoch, self.args.eval_freq
+        if eval_freq == 0 or self.state.evaluated_step == step:
+            return False
+        return step >= self.last_step or step % (steps_per_epoch * eval_freq) == 0
+
+    def train_epoch(self) -> None:
+        """Trains to the end of the epoch, or of the run."""
+        args, global_step = self.args, self.state.global_step
+        epoch, first_step = divmod(global_step, self.sampler.steps_per_epoch)
+        self.sampler.select(epoch, first_step, self.last_step - epoch * self.sampler.steps_per_epoch)
+        self.step_log = StepLog(
+            log=self.log,
+            epoch=epoch,
+            first_step=first_step,
+            last_step=self.sampler.last_step,
+            global_step=global_step,
+            images_per_step=args.batch_size * args.world_size * args.accumulate,
+            print_freq=args.print_freq,
+        )
+        train_one_epoch(self.state, self.batch_losses, self.loader, self.step_log, self.check_numbers, self.after_step)
+
+    def check_numbers(self, batches: list[dict], losses: list[Tensor], gradient_norm: Tensor) -> None:
+        """Ends the run on all processes if a number of the step, or of one before, is not finite.
+
+        Those that the device has not computed yet are waited for only where a line, which shows them, is due.
+        """
+        self.divergence.add(self.state.global_step, batches, self.step_log.names, losses, gradient_norm)
+        self.stop_if_asked(wait=self.step_log.line_is_due)
+
+    def stop_if_asked(self, wait: bool = False) -> None:
+        """Ends the run on all processes alike, if one of them has a reason. If not ``wait``, a call later."""
+        vote = max(self.interruption.vote(), self.divergence.vote(wait))
+        vote = self.votes.cast(vote, wait)
+        if vote >= NOT_FINITE:
+            self.divergence.report()
+        self.interruption.obey(vote)
+
+    def after_step(self) -> None:
+        self.validation.settle(wait=False)
+        if self.args.checkpoint_freq and self.state.global_step % self.args.checkpoint_freq == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Saves the latest checkpoint, once it is certain that nothing in it is wrong and nothing amiss."""
+        if self.votes.cast(self.divergence.vote(wait=True), wait=True) >= NOT_FINITE:
+            self.divergence.report()
+        if self.step_log is not None:
+            self.step_log.report_skipped()
+        self.validation.settle()
+        self.checkpoints.save(self.state)
 
 
 def lr_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
@@ -130,9 +243,10 @@ def make_dataset(
 def make_loader(
     args: argparse.Namespace, dataset: CocoTrainDataset, sampler: EpochBatchSampler, device: torch.device
 ) -> DataLoader:
-    return coco_utils.make_loader(
+    return loading.make_loader(
         dataset,
         args.workers,
+        args.loader_timeout,
         pin_memory=device.type == "cuda",
         batch_sampler=sampler,
         # a compiled graph wants batches of one shape
@@ -154,7 +268,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     )
 
 
-def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: utils.RunLog) -> None:
+def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: RunLog) -> None:
     """Shows augmented training images with their boxes, as the network sees them."""
     if not log.enabled:
         return
@@ -169,7 +283,7 @@ def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: uti
     log.image("inputs", pictures.grid(drawn, columns=4), 0)
 
 
-def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoAnnotations, log: utils.RunLog) -> None:
+def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoAnnotations, log: RunLog) -> None:
     """Says what is trained on, and writes the flags to args.json."""
     train = dataset.annotations
     log.info(
@@ -249,6 +363,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=0,
         help="steps between checkpoints (default: every epoch)",
     )
+    progress.add_argument(
+        "--keep", type=flags.not_negative, default=1, help="older checkpoints that stay (default: %(default)s)"
+    )
+    progress.add_argument("--time-limit", type=flags.minutes, help="minutes until the run stops with a checkpoint")
     progress.add_argument("--resume", help="checkpoint to continue from; 'auto': that of --output-dir, if any")
     progress.add_argument("--test-only", action="store_true", help="evaluate --resume or --weights, then exit")
     parser.set_defaults(output_dir="out")
@@ -265,16 +383,30 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = utils.init_distributed(args.device)
+    device = utils.init_distributed(args.device, args.dist_timeout)
     args.world_size = utils.world_size()
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
     torch.backends.cudnn.benchmark = not args.use_deterministic_algorithms
 
+    with Interruption(Path(args.output_dir), args.time_limit) as interruption:
+        training = make_training(args, device, interruption)
+        training.run()
+    log = training.log
+    if log.num_skipped:
+        log.info(f"Skipped {log.num_skipped} samples, whose images could not be read")
+    steps, output_dir = training.state.global_step, args.output_dir
+    log.info(f"Done: {steps} steps; everything is in {output_dir} (tensorboard --logdir {output_dir})")
+    log.close()
+    utils.cleanup_distributed()
+
+
+def make_training(args: argparse.Namespace, device: torch.device, interruption: Interruption) -> Training:
+    """Everything that the flags name, brought to where ``--resume`` was."""
     train_annotations, train_images = flags.open_data(args, "train")
     val_annotations, val_images = flags.open_data(args, "val")
     coco_annotations.check_same_classes(train_annotations.classes, train_annotations.path, val_annotations)
-    checkpoint = checkpoints.find_checkpoint(args)
+    path, checkpoint = checkpoints.find_checkpoint(args)
     with utils.main_first():  # so that weights are downloaded once
         model = make_model(args, train_annotations.num_classes, resumed=checkpoint is not None)
     model = model.to(device, memory_format=torch.channels_last)
@@ -289,69 +421,21 @@ def main(args: argparse.Namespace) -> None:
     lr_scheduler = LambdaLR(optimizer, lr_schedule(args, sampler.steps_per_epoch))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch, args.accumulate)
-    checkpoints.begin_or_continue(args, state, checkpoint, dataset)
-    output_dir = Path(args.output_dir)
+    saved = checkpoints.begin_or_continue(args, state, path, checkpoint, dataset)
     last_steps = {"train": state.global_step, "skipped": state.global_step, "val": state.evaluated_step}
-    log = utils.RunLog(output_dir, last_steps)
+    log = RunLog(Path(args.output_dir), last_steps)
     describe_run(args, dataset, val_annotations, log)
     if state.global_step == 0:
         log_inputs(dataset, preset, log)
     else:
         log.info(f"Continuing after {state.global_step} steps")
-
     batch_losses = BatchLosses(model, preset, flags.make_autocast(device, args.amp))
     if args.compile:
         log.info("Compiling: the first step takes longer, up to minutes")
         batch_losses.compile(mode=args.compile, fullgraph=True)
     batch_losses = utils.distribute(batch_losses)
-    last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
-    origin = checkpoints.describe_origin(args, dataset)
-
-    def save_best(best: dict) -> None:
-        checkpoints.save_checkpoint(best | origin, output_dir / "best.pth")
-
-    validation = Validation(args, state, val_annotations, val_images, log, save_best)
-
-    def save() -> None:
-        validation.settle()
-        checkpoints.save_checkpoint(state.state_dict() | origin, output_dir / "checkpoint.pth")
-
-    def after_step(step_log: utils.StepLog) -> None:
-        validation.settle(wait=False)
-        if args.checkpoint_freq and state.global_step % args.checkpoint_freq == 0:
-            step_log.before_checkpoint()
-            save()
-
-    def evaluation_is_due() -> bool:
-        epochs, steps = divmod(state.global_step, sampler.steps_per_epoch)
-        at_end = state.global_step >= last_step or (steps == 0 and epochs % args.eval_freq == 0)
-        return at_end and state.evaluated_step < state.global_step
-
-    # Evaluation comes first, so that a run resumed between an epoch and its evaluation makes up for it.
-    while True:
-        if args.eval_freq and evaluation_is_due():
-            validation.begin()
-        if state.global_step >= last_step:
-            break
-        epoch, first_step = divmod(state.global_step, sampler.steps_per_epoch)
-        sampler.select(epoch, first_step, last_step - epoch * sampler.steps_per_epoch)
-        step_log = utils.StepLog(
-            log=log,
-            epoch=epoch,
-            first_step=first_step,
-            last_step=sampler.last_step,
-            global_step=state.global_step,
-            images_per_step=args.batch_size * utils.world_size() * args.accumulate,
-            print_freq=args.print_freq,
-        )
-        train_one_epoch(state, batch_losses, loader, step_log, after_step)
-        save()
-    save()  # with the evaluation of the last epoch
-    if log.num_skipped:
-        log.info(f"Skipped {log.num_skipped} samples, whose images could not be read")
-    log.info(f"Done: {state.global_step} steps; everything is in {output_dir} (tensorboard --logdir {output_dir})")
-    log.close()
-    utils.cleanup_distributed()
+    validation = Validation(args, state, val_annotations, val_images, log, saved.save_best)
+    return Training(args, state, batch_losses, sampler, loader, validation, saved, interruption, log)
 
 
 def test_only(args: argparse.Namespace) -> None:
@@ -366,7 +450,7 @@ def test_only(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors():
+    with failures.one_line_errors():
         arguments = parse_args()
         run = check_data.check_data if arguments.check_data else test_only if arguments.test_only else main
         run(arguments)

@@ -7,13 +7,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoints
 import coco_eval
 import evaluate
 import reports
+import training_state
 import utils
-from checkpoints import TrainingState
 from coco_annotations import CocoAnnotations
+from run_log import RunLog
+from training_state import TrainingState
 
 NUM_PICTURES = 8
 
@@ -46,7 +47,7 @@ class Validation:
         state: TrainingState,
         annotations: CocoAnnotations,
         images_dir: Path,
-        log: utils.RunLog,
+        log: RunLog,
         save_best: Callable[[dict], None],
     ):
         self.args = args
@@ -58,17 +59,20 @@ class Validation:
         self.thread = ThreadPoolExecutor(1)
         self.pending: Pending | None = None
 
-    def begin(self) -> None:
-        """Detects on the validation set; the main process goes on to score in another thread."""
+    def begin(self, after_batch: Callable[[], None] = lambda: None) -> None:
+        """Detects on the validation set; the main process goes on to score in another thread.
+
+        What ``after_batch``, which is called after each batch, raises, ends it as if it had not begun.
+        """
         assert self.pending is None
         args, state = self.args, self.state
         utils.broadcast_buffers(state.model)
         dataset = evaluate.validation_set(args, state.model, self.annotations, self.images_dir)
-        found = evaluate.infer_as_flagged(args, state.model, *dataset)
+        found = evaluate.infer_as_flagged(args, state.model, *dataset, after_batch)
         state.evaluated_step = state.global_step
         if found is not None:
             report = self.thread.submit(self.report, found, state.global_step)
-            self.pending = Pending(state.global_step, checkpoints.copy_to_host(state.state_dict()), report)
+            self.pending = Pending(state.global_step, training_state.copy_to_host(state.state_dict()), report)
 
     def report(self, found: evaluate.Inference, step: int) -> tuple[str, dict]:
         """Scores and draws what was found. Returns what to print and the numbers to log."""

@@ -33,6 +33,7 @@ from turns import take_turns
 import coco_annotations
 import coco_utils
 import flags
+import loading
 import presets
 from coco_utils import CocoTrainDataset
 
@@ -113,7 +114,7 @@ def start(name: str, root: Path) -> None:
     torch.set_num_threads(1)
     one_pass, keeps_memory = VARIANTS[name]
     if keeps_memory:
-        coco_utils.keep_freed_memory()
+        loading.keep_freed_memory()
     data = open_data_set(root)
 
 
@@ -134,8 +135,8 @@ def measure_loader(root: Path, workers: int, rounds: int) -> dict[str, float]:
     """A DataLoader as in train.py: images per second by the clock, and the private memory of its largest worker."""
     dataset = open_data_set(root)
     sampler = coco_utils.EpochBatchSampler(len(dataset), BATCH_SIZE, SEED)
-    loader = coco_utils.make_loader(
-        dataset, workers, batch_sampler=sampler, collate_fn=coco_utils.collate, persistent_workers=True
+    loader = loading.make_loader(
+        dataset, workers, 300, batch_sampler=sampler, collate_fn=coco_utils.collate, persistent_workers=True
     )
     rates = []
     for epoch in range(rounds + 1):

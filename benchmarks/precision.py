@@ -30,7 +30,7 @@ import flags
 import presets
 import train
 import utils
-from checkpoints import TrainingState
+from training_state import TrainingState
 
 ROOT = Path(__file__).parent.parent
 SMOOTHING = 20  # steps

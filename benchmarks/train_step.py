@@ -39,10 +39,13 @@ from turns import take_turns
 import evaluate
 import flags
 import presets
+import run_log
 import ssd
 import train
 import utils
-from checkpoints import TrainingState
+from divergence import Divergence
+from run_log import RunLog, StepLog
+from training_state import TrainingState
 
 NUM_CLASSES = 91
 BOXES_PER_IMAGE = 7  # COCO's mean
@@ -98,15 +101,23 @@ def make_ours(
     if compile_mode is not None:
         batch_losses.compile(mode=compile_mode, fullgraph=True)
     batch = utils.to_device(make_batch(batch_size, model.size), device)
-    log = utils.RunLog(Path(log_dir) / str(os.getpid()))
+    log = RunLog(Path(log_dir) / str(os.getpid()))
+    divergence = Divergence(Path(log_dir))
 
     def run(num_steps: int) -> None:
         batches = (batch | {"fault": []} for _ in range(num_steps))
-        step_log = utils.StepLog(
+        step_log = StepLog(
             log=log, epoch=0, first_step=0, last_step=num_steps, global_step=0, images_per_step=1, print_freq=20
         )
         with contextlib.redirect_stdout(io.StringIO()):
-            train.train_one_epoch(state, batch_losses, batches, step_log, after_step=lambda step_log: None)
+            train.train_one_epoch(
+                state,
+                batch_losses,
+                batches,
+                step_log,
+                check=lambda *step: (divergence.add(0, step[0], step_log.names, *step[1:]), divergence.vote()),
+                after_step=lambda: None,
+            )
 
     return run
 
@@ -143,7 +154,7 @@ def make_peer(batch_size: int, amp: bool) -> Callable[[int], None]:
 
 def start(kind: str, device_name: str, warm_up: int, *settings) -> None:
     global run_steps, device
-    device = utils.init_distributed(device_name)
+    device = utils.init_distributed(device_name, timeout=1800)
     torch.manual_seed(0)
     run_steps = {"ours": make_ours, "peer": make_peer}[kind](*settings)
     run_steps(warm_up)
@@ -161,14 +172,14 @@ def measure(num_steps: int) -> dict[str, float]:
     if device.type != "cuda":
         begin = time.perf_counter()
         run_steps(num_steps)
-        return {"seconds": (time.perf_counter() - begin) / num_steps, "MiB": utils.max_memory()}
+        return {"seconds": (time.perf_counter() - begin) / num_steps, "MiB": run_log.max_memory()}
     run_steps(STEPS_TO_ALLOCATE)
     torch.cuda.synchronize()
     begin = time.perf_counter()
     run_steps(num_steps)
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - begin) / num_steps
-    result = {"seconds": seconds, "MiB": utils.max_memory(), "waits": count_waits(num_steps)}
+    result = {"seconds": seconds, "MiB": run_log.max_memory(), "waits": count_waits(num_steps)}
     free_memory()
     return result
 

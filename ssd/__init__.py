@@ -7,13 +7,14 @@ from .head import SSDHead
 from .matcher import SSDMatcher
 from .model import SSD, ssd300_resnet18, ssd300_vgg16
 from .postprocess import NotFiniteError
-from .weights import is_enum_name, load_file, load_state_dict
+from .weights import VERSION, is_enum_name, load_file, load_state_dict, not_finite, save_file
 
 MODELS = {"ssd300_vgg16": ssd300_vgg16, "ssd300_resnet18": ssd300_resnet18}
 
 __all__ = [
     "MODELS",
     "SSD",
+    "VERSION",
     "BoxCoder",
     "DefaultBoxGenerator",
     "NotFiniteError",
@@ -24,7 +25,9 @@ __all__ = [
     "is_enum_name",
     "load_file",
     "load_state_dict",
+    "not_finite",
     "pairwise_iou",
+    "save_file",
     "ssd300_resnet18",
     "ssd300_vgg16",
 ]

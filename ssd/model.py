@@ -15,7 +15,7 @@ from .default_boxes import DefaultBoxGenerator
 from .head import SSDHead
 from .matcher import SSDMatcher
 from .postprocess import NotFiniteError, select_candidates, split_by_image, suppress
-from .weights import load_state_dict
+from .weights import load_state_dict, not_finite
 
 NUM_COCO_CLASSES = 91  # the background and COCO's category ids, which run from 1 to 90 with gaps
 
@@ -289,9 +289,11 @@ def load_vgg_features(features: nn.Sequential, source: str) -> None:
 
 
 def load_matching(module: nn.Module, state_dict: dict[str, Tensor], source: str) -> None:
-    """``load_state_dict`` with a one-line error that names the source."""
+    """``load_state_dict`` with a one-line error that names the source, for weights that are not finite too."""
     try:
         module.load_state_dict(state_dict)
     except RuntimeError as error:
         faults = [line.strip() for line in str(error).splitlines()[1:]]
         raise ValueError(f"{source}: not the weights of this model: {faults[0]} ({len(faults)} faults)") from None
+    for name in not_finite(module.state_dict()):
+        raise ValueError(f"{source}: the weight {name} is not finite; the file is of no use")

@@ -1,12 +1,61 @@
-"""Where weights come from: a file, or one of torchvision's weight enums."""
+"""Where weights come from, and how they reach the disk: files, and torchvision's weight enums."""
 
 import argparse
+import hashlib
+import io
+import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.models import WeightsEnum, get_weight
+
+VERSION = 2  # of checkpoints, where they tell it; from 2 on they end with a hash
+HASH_NAME = b"sha256:"
+SEAL_LENGTH = 2 + len(HASH_NAME) + 64
+
+
+def save_file(content: dict, path: str | Path) -> None:
+    """Writes tensors and plain data so that ``path`` is the old file or the whole new one, even if the machine dies.
+
+    The file ends with a hash of all before it, as the comment of the zip archive that PyTorch's files are.
+
+    Raises:
+        OSError: there is no space, no right to write, ...; the old file is as it was.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    stored = buffer.getbuffer()[:-2]  # without the length of the comment, which is none
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(stored)
+            file.write(seal(stored))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def seal(content: bytes | memoryview) -> bytes:
+    """The last bytes of a file: a hash of those before, as the comment of a zip archive, after its length."""
+    comment = HASH_NAME + hashlib.sha256(content).hexdigest().encode()
+    return len(comment).to_bytes(2, "little") + comment
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in ``folder`` to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_file(path: str | Path) -> dict:
@@ -21,18 +70,34 @@ def load_file(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     try:
+        stored = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    is_hashed = stored[-SEAL_LENGTH + 2 :].startswith(HASH_NAME)
+    if is_hashed and seal(stored[:-SEAL_LENGTH]) != stored[-SEAL_LENGTH:]:
+        raise ValueError(f"{path}: damaged (its content does not have the hash that it was saved with)")
+    try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path}: refused, because it holds more than tensors and plain data, or is no checkpoint; "
             "save a state_dict() instead"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # of damaged content PyTorch makes all kinds
         raise ValueError(f"{path}: damaged or no checkpoint ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a checkpoint or a state dict, found {type(content).__name__}")
+    if not is_hashed and content.get("version", 1) != 1:
+        raise ValueError(f"{path}: damaged (the hash that it was saved with is missing)")
     return content
+
+
+def not_finite(state_dict: dict) -> Iterator[str]:
+    """The names of tensors with a nan or an infinity."""
+    for name, value in state_dict.items():
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            yield name
 
 
 def load_state_dict(source: str | Path | WeightsEnum) -> dict[str, Tensor]:
@@ -47,7 +112,10 @@ def load_state_dict(source: str | Path | WeightsEnum) -> dict[str, Tensor]:
     """
     if not is_enum_name(source):
         content = load_file(source)
-        return content.get("model", content)
+        state_dict = content.get("model", content)
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"{source}: expected a state dict, found {type(state_dict).__name__}")
+        return state_dict
     try:
         weights = get_weight(str(source))
     except (ValueError, AttributeError, KeyError):

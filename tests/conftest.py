@@ -69,18 +69,21 @@ def seeded():
     torch.manual_seed(0)
 
 
+def launcher(processes: int) -> list[str]:
+    """What starts a script in so many processes."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+
+
 @pytest.fixture(scope="session")
 def run():
     """Runs a script as a user does, and returns the finished process; ``processes`` starts it under torchrun."""
 
     def run_script(*command, processes: int = 1, fails: bool = False) -> subprocess.CompletedProcess:
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} if processes > 1 else dict(os.environ)
-        result = subprocess.run(
-            [*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment
-        )
+        command = [*launcher(processes), *map(str, command)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
         assert (result.returncode != 0) == fails, result.stdout + result.stderr
         return result
 

@@ -1,4 +1,3 @@
-import os
 import pickle
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image
 
 import coco_annotations
 import coco_utils
+import loading
 from coco_annotations import DataError
 from coco_utils import CocoEvalDataset, CocoTrainDataset, EpochBatchSampler
 from presets import DetectionPresetEval, DetectionPresetTrain
@@ -205,8 +205,8 @@ def test_batches_are_the_same_for_any_number_of_workers(data_path, workers):
     sampler = EpochBatchSampler(len(dataset), 2, seed=0)
 
     def batches(workers: int) -> list[dict]:
-        loader = coco_utils.make_loader(
-            dataset, workers, batch_sampler=sampler, collate_fn=coco_utils.collate, persistent_workers=workers > 0
+        loader = loading.make_loader(
+            dataset, workers, 60, batch_sampler=sampler, collate_fn=coco_utils.collate, persistent_workers=workers > 0
         )
         collected = []
         for epoch in range(3):
@@ -234,7 +234,7 @@ def test_a_data_set_may_go_to_workers_that_are_started_anew(data_path, tmp_path)
     assert len(pickle.dumps(dataset)) < 10_000
     expected = train_dataset(path, data_path / "train2017")
     sampler = EpochBatchSampler(len(dataset), 4, seed=0)
-    loader = coco_utils.make_loader(dataset, 1, batch_sampler=sampler, collate_fn=coco_utils.collate)
+    loader = loading.make_loader(dataset, 1, 60, batch_sampler=sampler, collate_fn=coco_utils.collate)
     for batch, keys in zip(loader, sampler, strict=True):
         assert torch.equal(batch["image"], coco_utils.collate([expected[key] for key in keys])["image"])
 
@@ -285,23 +285,7 @@ def test_image_folders_may_hold_links(tmp_path, write):
 
 def test_an_error_in_a_loader_worker_stays_one_line(tmp_path, write):
     dataset = train_dataset(write([annotation(1)]), tmp_path)
-    loader = coco_utils.make_loader(dataset, 1, batch_sampler=EpochBatchSampler(1, 1, 0))
+    loader = loading.make_loader(dataset, 1, 60, batch_sampler=EpochBatchSampler(1, 1, 0))
     with pytest.raises(DataError) as error:
         next(iter(loader))
     assert str(error.value) == f"{tmp_path / '1.png'} (image id 1): no such file; check the image folder"
-
-
-class ParentProcess(torch.utils.data.Dataset):
-    """The id of the process that the one which serves a sample was forked from."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> int:
-        return os.getppid()
-
-
-def test_loader_workers_are_not_forked_from_this_process():
-    """Such a fork inherits the locks of its threads; a worker once waited for one of them until the run was killed."""
-    parents = [next(iter(coco_utils.make_loader(ParentProcess(), workers=1))).item() for _ in range(2)]
-    assert parents[0] == parents[1] != os.getpid()

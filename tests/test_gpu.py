@@ -8,7 +8,7 @@ from test_train import losses_and_gradients, make_batch, make_batch_losses
 
 import train
 import utils
-from checkpoints import TrainingState
+from training_state import TrainingState
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda", 0)

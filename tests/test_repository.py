@@ -15,19 +15,24 @@ README = (ROOT / "README.md").read_text()
 PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
 ALLOWED_IMPORTS = {
     "train": {"evaluate", "validation", "check_data", "checkpoints", "flags", "presets", "pictures", "shared_files"}
+    | {"training_state", "divergence", "interruption", "failures", "loading", "run_log"}
     | {"coco_annotations", "coco_utils", "utils", "ssd"},
-    "validation": {"evaluate", "reports", "checkpoints", "coco_annotations", "coco_eval", "utils"},
-    "evaluate": {"flags", "own_images", "presets", "reports", "coco_annotations", "coco_eval", "coco_utils", "utils"}
-    | {"ssd"},
+    "validation": {"evaluate", "reports", "training_state", "run_log", "coco_annotations", "coco_eval", "utils"},
+    "evaluate": {"flags", "own_images", "presets", "reports", "coco_annotations", "coco_eval", "coco_utils"}
+    | {"failures", "loading", "utils", "ssd"},
+    "checkpoints": {"training_state", "coco_annotations", "coco_utils", "utils", "ssd"},
+    "check_data": {"flags", "coco_annotations", "coco_utils", "loading", "run_log", "utils"},
     "own_images": {"reports", "coco_annotations", "coco_utils", "pictures"},
     "reports": {"coco_annotations", "coco_eval", "coco_utils", "pictures", "plots"},
     "flags": {"coco_annotations", "shapes", "utils"},
-    "checkpoints": {"coco_annotations", "coco_utils", "utils", "ssd"},
+    "training_state": {"utils", "ssd"},
+    "divergence": {"utils", "ssd"},
+    "interruption": {"failures", "utils"},
+    **{room: {"utils"} for room in ("failures", "run_log")},
     "presets": {"transforms"},
     "coco_eval": {"coco_annotations"},
     "coco_utils": {"coco_annotations", "shared_files"},
-    "check_data": {"flags", "coco_annotations", "coco_utils", "utils"},
-    **{room: set() for room in ("transforms", "coco_annotations", "shared_files", "utils")},
+    **{room: set() for room in ("transforms", "coco_annotations", "shared_files", "loading", "utils")},
     **{room: set() for room in ("pictures", "plots", "shapes", "ssd")},
 }
 
@@ -61,11 +66,7 @@ def test_every_flag_is_read(script, readers):
     read = set()
     for name in readers:
         for node in ast.walk(ast.parse((ROOT / name).read_text())):
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id in ("args", "arguments")
-            ):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args", "arguments"):
                 read.add(node.attr)
             elif isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(args, f'{split}_"):
                 read |= {f"{split}_{node.args[1].values[1].value.lstrip('_')}" for split in ("train", "val")}

@@ -244,7 +244,7 @@ def test_checkpoints_within_an_epoch(data_path, five_steps, tmp_path, monkeypatc
     def dies_in_the_fourth(state):
         if state.global_step == 3:
             raise KeyboardInterrupt
-        update(state)
+        return update(state)
 
     monkeypatch.setattr(train.TrainingState, "update", dies_in_the_fourth)
     with pytest.raises(KeyboardInterrupt):
@@ -260,7 +260,8 @@ def test_checkpoints_within_an_epoch(data_path, five_steps, tmp_path, monkeypatc
 def test_a_run_without_resume_sets_the_files_of_an_earlier_one_aside(data_path, tmp_path, capsys):
     for steps in (1, 2, 1):
         train_steps(data_path, tmp_path, "--max-steps", steps, "--workers", 0)
-    assert f"{tmp_path} held an earlier run, which is now in {tmp_path / 'previous-2'}" in capsys.readouterr().out
+    console = capsys.readouterr().out
+    assert f"{tmp_path} held files that this run does not continue, now in {tmp_path / 'previous-2'}: " in console
     found = [steps_done(load(tmp_path / name / "checkpoint.pth")) for name in ("previous-1", "previous-2", "")]
     assert found == [1, 2, 1]
     assert (tmp_path / "previous-1" / "metrics.jsonl").exists()
@@ -382,7 +383,7 @@ sys.path.insert(0, {root!r})
 import torch
 import utils
 
-utils.init_distributed("cpu")
+utils.init_distributed("cpu", timeout=60)
 norm = torch.nn.BatchNorm1d(2)
 norm(torch.randn(8, 2) + 10 * utils.rank())
 before, _ = utils.gather_to_main(norm.running_mean.clone()) or (None, None)

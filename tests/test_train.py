@@ -15,7 +15,7 @@ import ssd
 import train
 import transforms
 import utils
-from checkpoints import TrainingState
+from training_state import TrainingState
 
 NUM_CLASSES = 5
 NUM_SLOTS = 6

@@ -8,14 +8,13 @@ import pytest
 import torch
 from conftest import SMALL
 
-import checkpoints
 import coco_annotations
 import coco_eval
 import coco_utils
 import evaluate
 import ssd
 import train
-from checkpoints import TrainingState
+from training_state import TrainingState
 
 STEPS_PER_EPOCH = 4
 
@@ -45,9 +44,10 @@ def slow_scoring(monkeypatch):
         return scores
 
     def telling_update(state):
-        update(state)
+        gradient_norm = update(state)
         if state.global_step > STEPS_PER_EPOCH:
             steps_on.set()
+        return gradient_norm
 
     monkeypatch.setattr(evaluate, "score", slow_score)
     monkeypatch.setattr(TrainingState, "update", telling_update)
@@ -82,9 +82,10 @@ def test_scoring_takes_no_line_from_the_console(data_path, tmp_path, monkeypatch
         return make_evaluator(*arguments)
 
     def telling_update(state):
-        update(state)
+        gradient_norm = update(state)
         if state.global_step > STEPS_PER_EPOCH + 1:
             steps_on.set()
+        return gradient_norm
 
     monkeypatch.setattr(coco_eval, "make_evaluator", slow_evaluator)
     monkeypatch.setattr(TrainingState, "update", telling_update)
@@ -97,13 +98,13 @@ def test_scoring_takes_no_line_from_the_console(data_path, tmp_path, monkeypatch
 def test_checkpoints_wait_for_the_scores(data_path, tmp_path, monkeypatch):
     """A checkpoint that says that an epoch was evaluated is not saved before its scores."""
     saved = []
-    save_checkpoint = checkpoints.save_checkpoint
+    save_file = ssd.save_file
 
     def spy(checkpoint, path):
         saved.append((checkpoint["evaluated_step"], [line["step"] for line in validation_lines(tmp_path)]))
-        save_checkpoint(checkpoint, path)
+        save_file(checkpoint, path)
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", spy)
+    monkeypatch.setattr(ssd, "save_file", spy)
     train_epochs(data_path, tmp_path, "--checkpoint-freq", 1, "--max-steps", STEPS_PER_EPOCH + 2)
     assert {evaluated for evaluated, _ in saved} == {0, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2}
     assert all(evaluated == (lines or [0])[-1] for evaluated, lines in saved)
@@ -122,7 +123,7 @@ def test_scores_that_a_crash_prevented_are_made_up_for(data_path, tmp_path, monk
         if state.global_step == STEPS_PER_EPOCH + 1:
             died.set()
             raise KeyboardInterrupt
-        update(state)
+        return update(state)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "score", late_score)

@@ -101,3 +101,66 @@ def test_impossible_download_says_what_to_put_where(tmp_path, monkeypatch):
     assert "'none'" in message
     assert ssd.ssd300_vgg16(weights="none", weights_backbone="none", num_classes=2).num_classes == 2
     assert "\n" not in message
+
+
+class Unsavable:
+    def __reduce__(self):
+        raise OSError("disk full")
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path):
+    path = tmp_path / "model.pth"
+    ssd.save_file({"step": 1}, path)
+    with pytest.raises(OSError, match="disk full"):
+        ssd.save_file({"weight": torch.ones(9), "step": Unsavable()}, path)
+    temporary = tmp_path / "model.pth.tmp"
+    temporary.symlink_to("/dev/full")  # where the system says that the disk is full
+    with pytest.raises(OSError, match="No space left"):
+        ssd.save_file({"weight": torch.ones(9_000)}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    ssd.save_file({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def saved_model() -> dict:
+    return {"model": {"weight": torch.arange(40.0)}, "version": ssd.VERSION, "args": {"lr": 0.1}}
+
+
+def test_any_flipped_byte_is_recognised(tmp_path):
+    """Wherever it is, in the numbers, the names, the zip archive's tables or the hash itself."""
+    path = tmp_path / "model.pth"
+    ssd.save_file(saved_model(), path)
+    torch.testing.assert_close(ssd.load_file(path)["model"], saved_model()["model"])
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"model.pth: (damaged|refused)"):
+            ssd.load_file(path)
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"model.pth: (damaged|refused)"):
+            ssd.load_file(path)
+
+
+def test_files_of_other_programs_have_no_hash(tmp_path):
+    torch.save(saved_model()["model"], tmp_path / "model.pth")
+    assert "weight" in ssd.load_file(tmp_path / "model.pth")
+
+
+def test_the_hash_does_not_keep_plain_torch_from_loading(tmp_path):
+    ssd.save_file(saved_model(), tmp_path / "model.pth")
+    for mmap in (False, True):
+        loaded = torch.load(tmp_path / "model.pth", weights_only=True, mmap=mmap)
+        torch.testing.assert_close(loaded["model"], saved_model()["model"])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    model = ssd.ssd300_resnet18(weights_backbone=None, num_classes=3)
+    model.head.regression_head.module_list[0].bias.data[0] = value
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model.pth: the weight head.regression_head\S+bias is not finite"):
+        ssd.ssd300_resnet18(weights=str(tmp_path / "model.pth"))

@@ -1,0 +1,56 @@
+"""Runs train.py and lets something happen to one of its processes:
+
+    torchrun --nproc-per-node=2 tests/sabotage.py RANK MOMENT CALL WHAT [flags of train.py]
+
+WHAT is a signal, which the process sends to itself, or "nan": a loss becomes that. It happens in the CALL-th call of a
+function that is called at the MOMENT, and not again after a restart by torchrun.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import evaluate
+import failures
+import ssd
+import train
+from training_state import TrainingState
+
+MOMENTS = {
+    "start": (train, "make_model"),
+    "batch": (train.BatchLosses, "forward"),
+    "step": (TrainingState, "update"),
+    "save": (ssd, "save_file"),
+    "detect": (evaluate, "predict"),
+    "score": (evaluate, "score"),
+}
+
+
+def sabotage(moment: str, call: int, what: str, replace=setattr) -> None:
+    """Lets it happen to this process; ``replace`` may undo it, as ``monkeypatch.setattr`` does."""
+    owner, name = MOMENTS[moment]
+    function = getattr(owner, name)
+    calls = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call and what != "nan":
+            os.kill(os.getpid(), signal.Signals[what])
+        result = function(*args, **kwargs)
+        if calls == call and what == "nan":
+            result["classification"] = result["classification"] * float("nan")
+        return result
+
+    replace(owner, name, wrapped)
+
+
+if __name__ == "__main__":
+    rank, moment, call, what, *flags = sys.argv[1:]
+    if os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        sabotage(moment, int(call), what)
+    with failures.one_line_errors():
+        train.main(train.parse_args(flags))

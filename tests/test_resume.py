@@ -1,0 +1,177 @@
+"""A run that is continued from any of its steps equals one that was never interrupted, bit for bit."""
+
+import ast
+import re
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+import train
+
+STEPS_PER_EPOCH = 4  # of 3 images; all 12 of the tiny set have boxes
+LAST_STEP = 10
+STATE = ("model", "optimizer", "lr_scheduler", "scaler", "rng", "epoch", "step")
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def train_to(data_path, monkeypatch):
+    """Trains in this process up to a step, and returns the ids of the images of each batch."""
+    seen = []
+    forward = train.BatchLosses.forward
+
+    def recording_forward(self, batch):
+        seen.append(batch["image_id"].tolist())
+        return forward(self, batch)
+
+    monkeypatch.setattr(train.BatchLosses, "forward", recording_forward)
+
+    def run(step: int, output_dir, *flags) -> list[list[int]]:
+        seen.clear()
+        arguments = [*SMALL, "--data-path", data_path, "--eval-freq", 0, "--epochs", 9, "--max-steps", step]
+        arguments += ["--output-dir", output_dir, *flags]
+        train.main(train.parse_args([str(argument) for argument in arguments]))
+        return list(seen)
+
+    return run
+
+
+def assert_equal_states(first, second) -> None:
+    first, second = load(first), load(second)
+    for key in STATE:
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps_on"),
+    [
+        ([], LAST_STEP),
+        (["--amp"], 2),
+        (["--amp", "fp16"], 2),
+        (["--accumulate", 2], 2),
+        (["--opt", "adamw", "--lr-scheduler", "cosineannealinglr"], 2),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
+)
+def test_from_every_step(train_to, tmp_path, flags, steps_on):
+    """With warm-up (three steps), order, augmentation and momentum under way, and in another number of workers.
+
+    Where ``steps_on`` is less than what is left, the later steps follow from those that began with them.
+    """
+    batches_per_step = 2 if "--accumulate" in flags else 1
+    whole = tmp_path / "whole"
+    seen = train_to(LAST_STEP, whole, "--workers", 0, "--checkpoint-freq", 1, "--keep", 99, *flags)
+    assert len(seen) == LAST_STEP * batches_per_step
+    for step in range(1, LAST_STEP):
+        end = min(step + steps_on, LAST_STEP)
+        output_dir = tmp_path / f"from_{step}"
+        workers = 2 if step in (2, STEPS_PER_EPOCH) else 0
+        resumed = ["--resume", whole / f"checkpoint_{step}.pth", "--workers", workers]
+        rest = train_to(end, output_dir, *resumed, *flags)
+        assert rest == seen[step * batches_per_step : end * batches_per_step]
+        expected = whole / ("checkpoint.pth" if end == LAST_STEP else f"checkpoint_{end}.pth")
+        assert_equal_states(output_dir / "checkpoint.pth", expected)
+        (output_dir / "checkpoint.pth").unlink()
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import test_resume
+import train
+import utils
+
+output_dir, arguments = Path(sys.argv[1]), sys.argv[2:]
+seen = []
+forward = train.BatchLosses.forward
+
+def recording_forward(self, batch):
+    seen.append(batch["image_id"].tolist())
+    return forward(self, batch)
+
+def run(step, folder, *flags):
+    seen.clear()
+    flags = ["--max-steps", str(step), "--output-dir", str(output_dir / folder), *flags]
+    train.main(train.parse_args(arguments + flags))
+    return list(seen)
+
+train.BatchLosses.forward = recording_forward
+whole = run(5, "whole", "--workers", "0", "--checkpoint-freq", "1", "--keep", "99")
+for step in range(1, 5):
+    path = output_dir / f"whole/checkpoint_{{step}}.pth"
+    rest = run(5, f"from_{{step}}", "--resume", str(path), "--workers", "2" if step == 3 else "0")
+    assert rest == whole[step * len(whole) // 5 :], (rest, whole)
+    test_resume.assert_equal_states(output_dir / f"from_{{step}}/checkpoint.pth", output_dir / "whole/checkpoint.pth")
+print("process", whole)
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--amp", "--accumulate", "2", "--batch-size", "1"]], ids=["", "accumulate"])
+def test_from_every_step_with_two_processes(run, data_path, tmp_path, flags):
+    (tmp_path / "script.py").write_text(TWO_PROCESSES.format(root=str(ROOT)))
+    arguments = [*SMALL, "--data-path", data_path, "--eval-freq", 0, "--epochs", 9, *flags]
+    console = run(tmp_path / "script.py", tmp_path / "out", *arguments, processes=2).stdout
+    lines = [line.removeprefix("process ") for line in console.splitlines() if line.startswith("process")]
+    shares = [[i for batch in ast.literal_eval(line) for i in batch][:6] for line in lines]  # of the first epoch
+    assert sorted(shares[0] + shares[1]) == list(range(1, 13))
+
+
+def test_fewer_processes_go_on_with_the_same_images(run, train_to, data_path, tmp_path):
+    """Where they accumulate as many batches."""
+    arguments = [*SMALL, "--data-path", data_path, "--eval-freq", 0, "--epochs", 9, "--workers", 0]
+    run("train.py", *arguments, "--max-steps", 1, "--output-dir", tmp_path, processes=2)
+    expected = train_to(3, tmp_path / "alone", "--workers", 0, "--accumulate", 2)[2:]
+    with pytest.raises(
+        ValueError, match=r"with 2 processes and --accumulate 1, this run has 1 and 1; their product must"
+    ):
+        train_to(3, tmp_path, "--workers", 0, "--resume", "auto")
+    assert train_to(3, tmp_path, "--workers", 0, "--resume", "auto", "--accumulate", 2) == expected
+
+
+def test_flags_that_may_change_take_effect_and_are_named(train_to, tmp_path, capsys):
+    train_to(2, tmp_path, "--workers", 0)
+    train_to(3, tmp_path, "--workers", 1, "--resume", "auto", "--lr-steps", 1, 2, "--lr", 0.004)
+    console = capsys.readouterr().out
+    path = tmp_path / "checkpoint.pth"
+    for change in ("--max-steps 2 -> 3", "--workers 0 -> 1", "--lr-steps [80, 110] -> [1, 2]", "--lr 0.002 -> 0.004"):
+        assert f"Changed since {path}: {change}" in console
+    assert console.count("Changed since") == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["--model", "ssd300_vgg16"], "--model ssd300_resnet18, this run has ssd300_vgg16; they must agree"),
+        (["--seed", 1], "--seed 0, this run has 1; they must agree"),
+        (["--batch-size", 4], "--batch-size 3, this run has 4; they must agree"),
+        (["--opt", "adamw"], "--opt sgd, this run has adamw; they must agree"),
+        (["--momentum", 0.5], "--momentum 0.9, this run has 0.5; they must agree"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_flags_that_may_not_change_are_errors(train_to, tmp_path, first_step, flags, fault):
+    with pytest.raises(ValueError, match=re.escape(f"was made with {fault}")):
+        train_to(2, tmp_path, "--workers", 0, "--resume", first_step, *flags)
+
+
+@pytest.fixture(scope="module")
+def first_step(data_path, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("first")
+    arguments = [*SMALL, "--data-path", data_path, "--eval-freq", 0, "--epochs", 9, "--max-steps", 1, "--workers", 0]
+    train.main(train.parse_args([str(argument) for argument in [*arguments, "--output-dir", output_dir]]))
+    return output_dir / "checkpoint.pth"
+
+
+def test_a_checkpoint_of_the_first_version_still_continues(train_to, tmp_path, first_step):
+    """Without a hash, --accumulate and what else came later."""
+    old = load(first_step) | {"version": 1}
+    del old["overflows"], old["args"]["accumulate"], old["args"]["keep"]
+    torch.save(old, tmp_path / "old.pth")
+    train_to(2, tmp_path / "old", "--workers", 0, "--resume", tmp_path / "old.pth")
+    train_to(2, tmp_path / "new", "--workers", 0, "--resume", first_step)
+    assert_equal_states(tmp_path / "old/checkpoint.pth", tmp_path / "new/checkpoint.pth")
