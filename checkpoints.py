@@ -18,6 +18,7 @@ from training_state import TrainingState
 LATEST, BEST = "checkpoint.pth", "best.pth"
 OLDER = re.compile(r"checkpoint_(\d+)\.pth")  # by step
 RUN_FILES = (LATEST, "checkpoint_*.pth", BEST, "metrics.jsonl", "args.json", "pictures", "events.out.tfevents*")
+RUN_FILES += ("not_finite_*.pth",)
 # what a resumed run must share with the run that it continues, beside the number of images of a step
 FIXED_FLAGS = (
     "model",

@@ -33,6 +33,9 @@ def open_image(file: Path | io.BytesIO, where: str) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=["JPEG", "PNG"])
+            if image.format == "PNG":  # whose checksums Pillow looks at only when it is asked to
+                image.verify()
+                image = Image.open(file, formats=["PNG"])
         with image:
             yield image
     except FileNotFoundError:

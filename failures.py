@@ -19,6 +19,7 @@ EXIT_NOT_FINITE = 3
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+DISK_ERRORS |= {errno.ENOTDIR, errno.EEXIST}  # where --output-dir is a file
 DISK_HINT = "what was saved before is whole; mend that, or name another --output-dir, and go on with --resume"
 SHARED_MEMORY_HINT = "too little shared memory (a container's --shm-size) or memory: lower --workers or --batch-size"
 PEER_HINT = "another process of the run has ended, or no longer answers; if it said why, it did so above"

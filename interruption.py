@@ -51,9 +51,10 @@ class Interruption:
         if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        hint = "; once more to stop at once, without" if number == signal.SIGINT else ""
-        text = f"{signal.Signals(number).name}: stopping after this step, with a checkpoint{hint}\n"
-        os.write(sys.__stderr__.fileno(), text.encode())  # print() may be what was interrupted
+        if utils.is_main():
+            hint = "; once more to stop at once, without" if number == signal.SIGINT else ""
+            text = f"{signal.Signals(number).name}: stopping after this step, with a checkpoint{hint}\n"
+            os.write(sys.__stderr__.fileno(), text.encode())  # print() may be what was interrupted
 
     def vote(self) -> int:
         """Why this process wants to stop: the number of a signal, or ``TIME_IS_UP``; 0 if it does not."""

@@ -128,8 +128,8 @@ def at_most(seconds: float) -> Iterator[None]:
     def give_up(*_) -> None:
         kill_workers()
         raise LoaderTimeoutError(
-            f"no batch came from the loader for {seconds:g} s (--loader-timeout): the storage hangs, or is so slow "
-            "that it takes more --workers, or --cache ram"
+            f"no images came for {seconds:g} s (--loader-timeout): the storage hangs, or is so slow that it takes more "
+            "--workers, or --cache ram"
         )
 
     if seconds == 0 or threading.current_thread() is not threading.main_thread():

@@ -268,11 +268,12 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     )
 
 
-def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: RunLog) -> None:
+def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: RunLog, patience: float) -> None:
     """Shows augmented training images with their boxes, as the network sees them."""
     if not log.enabled:
         return
-    batch = coco_utils.collate([dataset[0, i] for i in range(min(NUM_LOGGED_IMAGES, len(dataset)))])
+    with loading.at_most(patience):
+        batch = coco_utils.collate([dataset[0, i] for i in range(min(NUM_LOGGED_IMAGES, len(dataset)))])
     images = preset.on_device(batch).round().byte().permute(0, 2, 3, 1).numpy()
     names = {one["label"]: one["name"] for one in dataset.annotations.classes}
     drawn = []
@@ -426,7 +427,7 @@ def make_training(args: argparse.Namespace, device: torch.device, interruption: 
     log = RunLog(Path(args.output_dir), last_steps)
     describe_run(args, dataset, val_annotations, log)
     if state.global_step == 0:
-        log_inputs(dataset, preset, log)
+        log_inputs(dataset, preset, log, args.loader_timeout)
     else:
         log.info(f"Continuing after {state.global_step} steps")
     batch_losses = BatchLosses(model, preset, flags.make_autocast(device, args.amp))

@@ -8,6 +8,7 @@ from test_train import losses_and_gradients, make_batch, make_batch_losses
 
 import train
 import utils
+from divergence import NOT_FINITE, Divergence
 from training_state import TrainingState
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -113,3 +114,33 @@ def test_the_same_results_again(run, data_path, tmp_path):
         run(*command, "--output-dir", tmp_path / name)
         models.append(torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"])
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(run, data_path, tmp_path):
+    command = ["train.py", "--model", "ssd300_resnet18", "--weights-backbone", "none", "--batch-size", 3]
+    command += ["--data-path", data_path, "--eval-freq", 0, "--use-deterministic-algorithms", "--resume", "auto"]
+    run(*command, "--max-steps", 3, "--output-dir", tmp_path / "whole")
+    for steps in (2, 3):
+        run(*command, "--max-steps", steps, "--output-dir", tmp_path / "parts")
+    whole, parts = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("whole", "parts"))
+    for key in ("model", "optimizer"):
+        torch.testing.assert_close(whole[key], parts[key], rtol=0, atol=0)
+
+
+def test_numbers_are_watched_without_a_wait(tmp_path):
+    """While the device is busy with a step, its numbers are unknown; the fault is found when they have come."""
+    watch = Divergence(tmp_path)
+    busy = torch.randn(8000, 8000, device=GPU)
+    batch = {"image_id": torch.tensor([3], device=GPU)}
+    loss = torch.tensor([torch.nan], device=GPU)
+    watch.add(0, [batch], ["loss"], [torch.ones(1, device=GPU)], torch.ones((), device=GPU))  # allocates what it needs
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(50):
+            busy = busy @ busy * 1e-4
+        watch.add(1, [batch], ["loss"], [loss + busy[:1, 0] * 0], torch.ones((), device=GPU))
+        assert watch.vote() == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watch.vote(wait=True) == NOT_FINITE
