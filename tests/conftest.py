@@ -76,6 +76,18 @@ def launcher(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(status.parent.name))
+        except OSError:
+            continue
+    return found
+
+
 @pytest.fixture(scope="session")
 def run():
     """Runs a script as a user does, and returns the finished process; ``processes`` starts it under torchrun."""

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, launcher
+from conftest import ROOT, SMALL, children_of, launcher
 from sabotage import sabotage
 from test_resume import assert_equal_states, load
 
 import interruption
 import train
-from checkpoints import step_of
+from checkpoints import read_checkpoint, step_of
 from failures import EXIT_INTERRUPTED, EXIT_NOT_FINITE, Interrupted
 from interruption import MARKER, TIME_IS_UP, Interruption
 
@@ -192,10 +192,13 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     goes_on(run, data_path, tmp_path, undisturbed_pair)
 
 
-def test_a_signal_to_torchrun_stops_all(run, data_path, tmp_path, undisturbed_pair):
+def test_a_signal_to_torchrun_stops_all(data_path, tmp_path):
+    """Meanwhile the run listens on the loopback interface only; torchrun's own socket is another matter."""
     command = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "train.py"]
     process = start(*command, *arguments(data_path, tmp_path, "--workers", 1, "--print-freq", 1), processes=2)
     lines_until(process, "Epoch: [0]  [1/2]")
+    ranks = children_of(process.pid)
+    addresses = [address for pid in ranks for address in listening_addresses(pid)]
     started = time.monotonic()
     os.kill(process.pid, signal.SIGUSR1)
     code, console = finish(process, 60)
@@ -203,7 +206,9 @@ def test_a_signal_to_torchrun_stops_all(run, data_path, tmp_path, undisturbed_pa
     assert code == 1
     assert "train.py: stopped: SIGUSR1; everything is saved after" in console
     assert (tmp_path / MARKER).exists()
-    goes_on(run, data_path, tmp_path, undisturbed_pair)
+    assert len(ranks) == 2
+    assert addresses
+    assert all(address.startswith(("0100007F:", "00000000000000000000000001000000:")) for address in addresses)
 
 
 def test_torchrun_restarts_a_run_whose_process_was_killed(data_path, tmp_path, undisturbed_pair):
@@ -216,11 +221,10 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(data_path, tmp_path, u
     assert scores(tmp_path) == scores(undisturbed_pair)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_it_is_saved(data_path, tmp_path, accumulate):
-    call = 4 * accumulate  # the last batch of the fourth step
-    flags = ["--checkpoint-freq", 1, "--print-freq", 1, "--accumulate", accumulate, "--batch-size", 3 // accumulate]
-    command = ["tests/sabotage.py", 1, "batch", call, "nan", *arguments(data_path, tmp_path, *flags)]
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_it_is_saved(data_path, tmp_path):
+    flags = ["--checkpoint-freq", 1, "--print-freq", 1, "--accumulate", 2, "--batch-size", 1]
+    in_fourth_step = 8
+    command = ["tests/sabotage.py", 1, "batch", in_fourth_step, "nan", *arguments(data_path, tmp_path, *flags)]
     code, console = finish(start(*command, processes=2), 120)
     assert code == 1
     assert console.count(f"exitcode  : {EXIT_NOT_FINITE}") == 2
@@ -229,7 +233,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_it_is_saved(d
     assert "step 4: the loss classification is nan, images [" in line
     assert f"(kept in {path})" in line
     kept = load(path)
-    assert [batch["image"].shape[1:] for batch in kept["batches"]] == [(3, 300, 300)] * accumulate
+    assert [batch["image"].shape[1:] for batch in kept["batches"]] == [(3, 300, 300)] * 2
     named = json.loads(line.split("images ")[1].split(" (kept")[0])
     assert named == [i for batch in kept["batches"] for i in batch["image_id"].tolist()]
     assert not torch.tensor(kept["values"]).isfinite().all()
@@ -252,7 +256,7 @@ def test_gradients_that_are_not_finite_stop_a_run(data_path, tmp_path, monkeypat
     assert (tmp_path / "not_finite_0.pth").exists()
 
 
-def test_a_full_disk_ends_all_processes_and_keeps_the_last_checkpoint(data_path, tmp_path, undisturbed_pair, run):
+def test_a_full_disk_ends_all_processes_and_keeps_the_last_checkpoint(run, data_path, tmp_path):
     flags = arguments(data_path, tmp_path, "--resume", "auto", "--checkpoint-freq", 1)
     run("train.py", *flags, "--max-steps", 2, processes=2)
     (tmp_path / "checkpoint.pth.tmp").symlink_to("/dev/full")
@@ -263,18 +267,18 @@ def test_a_full_disk_ends_all_processes_and_keeps_the_last_checkpoint(data_path,
     errors = [line for line in ("".join(lines) + console).splitlines() if line.startswith("train.py: error")]
     assert len(errors) == 1
     assert f"{tmp_path / 'checkpoint.pth'}: cannot be saved (No space left on device)" in errors[0]
-    assert step_of(load(tmp_path / "checkpoint.pth")) == 2
-    goes_on(run, data_path, tmp_path, undisturbed_pair)
+    assert step_of(read_checkpoint(tmp_path / "checkpoint.pth")) == 2
 
 
 def test_a_process_that_no_longer_answers_ends_the_others(data_path, tmp_path):
     command = ["tests/sabotage.py", 1, "step", 2, "SIGSTOP"]
-    process = start(*command, *arguments(data_path, tmp_path, "--dist-timeout", 15), processes=2)
+    process = start(*command, *arguments(data_path, tmp_path, "--dist-timeout", 12), processes=2)
     lines = lines_until(process, "error: ")
+    for rank in children_of(process.pid):
+        os.kill(rank, signal.SIGKILL)  # which torchrun would do 30 seconds later
+    finish(process, 60)
     assert "sabotage.py: error: " in lines[-1]
     assert "another process of the run has ended, or no longer answers" in lines[-1]
-    os.killpg(process.pid, signal.SIGTERM)
-    finish(process, 60)
 
 
 def test_a_process_that_fails_ends_the_others(data_path, tmp_path):
@@ -289,30 +293,10 @@ def test_a_process_that_fails_ends_the_others(data_path, tmp_path):
     assert len(errors) == 2
     assert any(f"{bad} (image id " in line for line in errors)
     assert any("another process of the run has ended" in line for line in errors)
-    assert "Traceback" not in console.partition("torch.distributed")[0]  # torchrun's own
+    assert console.count("Traceback") == 1  # torchrun's own
 
 
-def test_nothing_listens_on_other_addresses_than_those_of_this_machine(data_path, tmp_path):
-    """torchrun's own socket, in its agent, is another matter; the README says so."""
-    process = start("train.py", *arguments(data_path, tmp_path, "--workers", 1, "--print-freq", 1), processes=2)
-    lines_until(process, "Epoch: [0]  [1/2]")
-    children = [pid for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == process.pid]
-    addresses = [address for pid in children for address in listening_addresses(pid)]
-    process.terminate()
-    finish(process, 60)
-    assert len(children) == 2
-    assert addresses
-    assert all(address.startswith("0100007F:") or address.startswith(f"{1 << 24:032X}:") for address in addresses)
-
-
-def parent_of(pid: str) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def listening_addresses(pid: str) -> list[str]:
+def listening_addresses(pid: int) -> list[str]:
     """What /proc/net says of the sockets of a process that wait for connections: address and port, in hexadecimal."""
     sockets = set()
     for descriptor in os.listdir(f"/proc/{pid}/fd"):

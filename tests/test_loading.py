@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, children_of
 
 import loading
 
@@ -97,17 +97,6 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
         if text in line:
             return
     raise AssertionError(f"{text!r} never came")
-
-
-def children_of(pid: int) -> list[int]:
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(status.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
