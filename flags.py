@@ -1,4 +1,4 @@
-"""The flags that train.py and evaluate.py share, and what they name: data, device, precision."""
+"""The flags of training, those that evaluation shares, and what they name: data, device, precision."""
 
 import argparse
 import math
@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 
 import coco_annotations
+import presets
 import shapes
+import ssd
 import utils
 from coco_annotations import CocoAnnotations
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,6 +44,67 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--output-dir", help="folder for everything that is written (default: in out)")
     parser.set_defaults(dataset="coco", workers=4)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of train.py alone."""
+    data = parser.add_argument_group("training data")
+    data.add_argument("--train-images", help="image folder, for another layout than COCO's")
+    data.add_argument("--train-annotations", help="annotation file, for another layout than COCO's")
+    data.add_argument("--data-augmentation", choices=list(presets.DATA_AUGMENTATIONS), help="default: %(default)s")
+    data.add_argument("--cache", choices=["ram"], help="hold the training images' files in memory")
+    data.add_argument("--check-data", action="store_true", help="verify annotations and images, list all faults, exit")
+    data.add_argument("--aspect-ratio-group-factor", type=int, help="accepted, without effect: SSD's input is square")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=list(ssd.MODELS), help="default: %(default)s")
+    model.add_argument("--weights", help="start from a whole model: SSD300_VGG16_Weights.COCO_V1 or a file")
+    model.add_argument("--weights-backbone", help="enum name, file or 'none' (default: ImageNet weights)")
+    model.add_argument(
+        "--trainable-backbone-layers",
+        type=not_negative,
+        help="stages that train, from the last (default: 4 of VGG)",
+    )
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--epochs", type=positive, help="default: %(default)s")
+    optimization.add_argument("--max-steps", type=positive, help="stop after this many steps of the whole run")
+    optimization.add_argument(
+        "--accumulate", type=positive, default=1, help="batches of a process per step (default: %(default)s)"
+    )
+    optimization.add_argument(
+        "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="with torch.compile, in this mode of its"
+    )
+    optimization.add_argument("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
+    optimization.add_argument("--lr", type=float, help="for the global batch; not scaled (default: %(default)s)")
+    optimization.add_argument("--momentum", type=float, help="default: %(default)s")
+    optimization.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, help="default: %(default)s")
+    optimization.add_argument(
+        "--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], help="default: %(default)s"
+    )
+    optimization.add_argument(
+        "--lr-steps", type=int, nargs="+", help="epochs that lower the rate (default: %(default)s)"
+    )
+    optimization.add_argument("--lr-gamma", type=float, help="factor at each of them (default: %(default)s)")
+    optimization.add_argument(
+        "--seed", type=not_negative, default=0, help="of weights, order and augmentation (default: 0)"
+    )
+    optimization.add_argument("--use-deterministic-algorithms", action="store_true", help="slower on a GPU")
+    progress = parser.add_argument_group("progress")
+    progress.add_argument("--print-freq", type=positive, default=20, help="steps between lines (default: %(default)s)")
+    progress.add_argument(
+        "--eval-freq", type=not_negative, default=1, help="epochs between evaluations, 0: never (default: 1)"
+    )
+    progress.add_argument(
+        "--checkpoint-freq",
+        type=not_negative,
+        default=0,
+        help="steps between checkpoints (default: every epoch)",
+    )
+    progress.add_argument(
+        "--keep", type=not_negative, default=1, help="older checkpoints that stay (default: %(default)s)"
+    )
+    progress.add_argument("--time-limit", type=minutes, help="minutes until the run stops with a checkpoint")
+    progress.add_argument("--resume", help="checkpoint to continue from; 'auto': that of --output-dir, if any")
+    progress.add_argument("--test-only", action="store_true", help="evaluate --resume or --weights, then exit")
 
 
 def not_negative(text: str) -> int:

@@ -49,7 +49,6 @@ from validation import Validation
 WARMUP_STEPS = 1000
 WARMUP_START = 1 / 1000
 NUM_LOGGED_IMAGES = 8
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 class BatchLosses(nn.Module):
@@ -311,65 +310,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--recipe", choices=list(presets.RECIPES), default=presets.DEFAULT_RECIPE, help="defaults for the other flags"
     )
     flags.add_common_arguments(parser)
-    data = parser.add_argument_group("training data")
-    data.add_argument("--train-images", help="image folder, for another layout than COCO's")
-    data.add_argument("--train-annotations", help="annotation file, for another layout than COCO's")
-    data.add_argument("--data-augmentation", choices=list(presets.DATA_AUGMENTATIONS), help="default: %(default)s")
-    data.add_argument("--cache", choices=["ram"], help="hold the training images' files in memory")
-    data.add_argument("--check-data", action="store_true", help="verify annotations and images, list all faults, exit")
-    data.add_argument("--aspect-ratio-group-factor", type=int, help="accepted, without effect: SSD's input is square")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=list(ssd.MODELS), help="default: %(default)s")
-    model.add_argument("--weights", help="start from a whole model: SSD300_VGG16_Weights.COCO_V1 or a file")
-    model.add_argument("--weights-backbone", help="enum name, file or 'none' (default: ImageNet weights)")
-    model.add_argument(
-        "--trainable-backbone-layers",
-        type=flags.not_negative,
-        help="stages that train, from the last (default: 4 of VGG)",
-    )
-    optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--epochs", type=flags.positive, help="default: %(default)s")
-    optimization.add_argument("--max-steps", type=flags.positive, help="stop after this many steps of the whole run")
-    optimization.add_argument(
-        "--accumulate", type=flags.positive, default=1, help="batches of a process per step (default: %(default)s)"
-    )
-    optimization.add_argument(
-        "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="with torch.compile, in this mode of its"
-    )
-    optimization.add_argument("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
-    optimization.add_argument("--lr", type=float, help="for the global batch; not scaled (default: %(default)s)")
-    optimization.add_argument("--momentum", type=float, help="default: %(default)s")
-    optimization.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, help="default: %(default)s")
-    optimization.add_argument(
-        "--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], help="default: %(default)s"
-    )
-    optimization.add_argument(
-        "--lr-steps", type=int, nargs="+", help="epochs that lower the rate (default: %(default)s)"
-    )
-    optimization.add_argument("--lr-gamma", type=float, help="factor at each of them (default: %(default)s)")
-    optimization.add_argument(
-        "--seed", type=flags.not_negative, default=0, help="of weights, order and augmentation (default: 0)"
-    )
-    optimization.add_argument("--use-deterministic-algorithms", action="store_true", help="slower on a GPU")
-    progress = parser.add_argument_group("progress")
-    progress.add_argument(
-        "--print-freq", type=flags.positive, default=20, help="steps between lines (default: %(default)s)"
-    )
-    progress.add_argument(
-        "--eval-freq", type=flags.not_negative, default=1, help="epochs between evaluations, 0: never (default: 1)"
-    )
-    progress.add_argument(
-        "--checkpoint-freq",
-        type=flags.not_negative,
-        default=0,
-        help="steps between checkpoints (default: every epoch)",
-    )
-    progress.add_argument(
-        "--keep", type=flags.not_negative, default=1, help="older checkpoints that stay (default: %(default)s)"
-    )
-    progress.add_argument("--time-limit", type=flags.minutes, help="minutes until the run stops with a checkpoint")
-    progress.add_argument("--resume", help="checkpoint to continue from; 'auto': that of --output-dir, if any")
-    progress.add_argument("--test-only", action="store_true", help="evaluate --resume or --weights, then exit")
+    flags.add_training_arguments(parser)
     parser.set_defaults(output_dir="out")
     return parser
 

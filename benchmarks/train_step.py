@@ -240,7 +240,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=list(ssd.MODELS), default="ssd300_vgg16")
     parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[32])
     parser.add_argument("--amp", nargs="?", const="bf16", choices=list(evaluate.AMP_DTYPES), help="measure this too")
-    parser.add_argument("--compile", nargs="*", choices=train.COMPILE_MODES, help="measure these too")
+    parser.add_argument("--compile", nargs="*", choices=flags.COMPILE_MODES, help="measure these too")
     parser.add_argument("--peer", action="store_true", help="measure torchvision too; its model is ssd300_vgg16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=flags.positive, help="timed steps of a round (default: 50, on a CPU 1)")

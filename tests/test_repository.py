@@ -24,7 +24,7 @@ ALLOWED_IMPORTS = {
     "check_data": {"flags", "coco_annotations", "coco_utils", "loading", "run_log", "utils"},
     "own_images": {"reports", "coco_annotations", "coco_utils", "pictures"},
     "reports": {"coco_annotations", "coco_eval", "coco_utils", "pictures", "plots"},
-    "flags": {"coco_annotations", "shapes", "utils"},
+    "flags": {"coco_annotations", "presets", "shapes", "utils", "ssd"},
     "training_state": {"utils", "ssd"},
     "divergence": {"utils", "ssd"},
     "interruption": {"failures", "utils"},
