@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from turns import take_turns
 
-import evaluate
 import flags
 import presets
 import run_log
@@ -239,7 +238,7 @@ def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(ssd.MODELS), default="ssd300_vgg16")
     parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[32])
-    parser.add_argument("--amp", nargs="?", const="bf16", choices=list(evaluate.AMP_DTYPES), help="measure this too")
+    parser.add_argument("--amp", nargs="?", const="bf16", choices=list(flags.AMP_DTYPES), help="measure this too")
     parser.add_argument("--compile", nargs="*", choices=flags.COMPILE_MODES, help="measure these too")
     parser.add_argument("--peer", action="store_true", help="measure torchvision too; its model is ssd300_vgg16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
