@@ -182,3 +182,29 @@ def test_a_checkpoint_of_the_first_version_still_continues(train_to, tmp_path, f
     train_to(2, tmp_path / "old", "--workers", 0, "--resume", tmp_path / "old.pth")
     train_to(2, tmp_path / "new", "--workers", 0, "--resume", first_step)
     assert_equal_states(tmp_path / "old/checkpoint.pth", tmp_path / "new/checkpoint.pth")
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before_and_set_aside(train_to, tmp_path, capsys):
+    expected = tmp_path / "whole"
+    train_to(4, expected, "--workers", 0)
+    train_to(3, tmp_path, "--workers", 0, "--checkpoint-freq", 1)
+    latest = tmp_path / "checkpoint.pth"
+    damaged = bytearray(latest.read_bytes())
+    damaged[len(damaged) // 3] ^= 4
+    latest.write_bytes(damaged)
+    train_to(4, tmp_path, "--workers", 0, "--resume", "auto")
+    console = capsys.readouterr().out
+    assert f"{latest}: damaged (its content does not have the hash that it was saved with); continuing from" in console
+    assert "Continuing after 2 steps" in console
+    assert (tmp_path / "previous-1/checkpoint.pth").read_bytes() == damaged
+    assert_equal_states(latest, expected / "checkpoint.pth")
+
+
+def test_what_is_later_than_the_checkpoint_to_continue_from_is_set_aside(train_to, tmp_path):
+    """Else ``--resume auto`` might take it for the newest of the new branch."""
+    train_to(4, tmp_path, "--workers", 0, "--checkpoint-freq", 1, "--keep", 9)
+    train_to(3, tmp_path, "--workers", 0, "--resume", tmp_path / "checkpoint_2.pth", "--lr", 0.004)
+    assert {path.name for path in tmp_path.glob("checkpoint*")} == {"checkpoint.pth", "checkpoint_2.pth"}
+    aside = {path.name for path in (tmp_path / "previous-1").iterdir()}
+    assert aside == {"checkpoint.pth", "checkpoint_3.pth"}
+    assert load(tmp_path / "checkpoint.pth")["lr_scheduler"]["last_epoch"] == 3
