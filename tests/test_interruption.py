@@ -42,23 +42,20 @@ def scores(output_dir) -> list[tuple]:
 
 
 @pytest.mark.parametrize(
-    ("moment", "call", "saved"),
+    ("moment", "call", "number", "saved"),
     [
-        ("start", 1, 0),
-        ("batch", 1, 1),
-        ("step", 2, 2),  # in warm-up
-        ("save", 1, 4),  # after the first epoch
-        ("detect", 2, 4),
-        ("score", 1, 5),
-        ("detect", 4, 6),  # the last evaluation
+        ("start", 1, "SIGTERM", 0),
+        ("batch", 1, "SIGUSR1", 1),
+        ("step", 2, "SIGINT", 2),  # in warm-up
+        ("save", 1, "SIGTERM", 4),  # after the first epoch
+        ("detect", 2, "SIGUSR1", 4),
+        ("score", 1, "SIGTERM", 5),
+        ("detect", 4, "SIGHUP", 6),  # the last evaluation
     ],
 )
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_stops_a_run_that_goes_on_exactly(
-    data_path, tmp_path, undisturbed, monkeypatch, moment, call, saved, number
+    data_path, tmp_path, undisturbed, monkeypatch, moment, call, number, saved
 ):
-    if number in ("SIGINT", "SIGHUP") and moment != "step":
-        pytest.skip("handled as the others are")
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         sabotage(moment, call, number, replace=patch.setattr)
