@@ -6,8 +6,11 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+
+from torch import Tensor
 
 import coco_annotations
 import ssd
@@ -30,7 +33,8 @@ FIXED_FLAGS = (
     "trainable_backbone_layers",
 )
 FREE_FLAGS = {"resume", "output_dir", "tuned_for_batch"}  # no change of them is worth a line
-KEYS = {"model", "optimizer", "lr_scheduler", "scaler", "rng", "args", "categories", "num_images", "evaluated_step"}
+KINDS = {"model": dict, "optimizer": dict, "lr_scheduler": dict, "scaler": dict, "rng": Tensor, "args": dict}
+KINDS |= {"categories": list, "num_images": int, "evaluated_step": int, "best_ap": float}
 
 
 class Checkpoints:
@@ -135,46 +139,59 @@ def git_commit() -> str | None:
         return None
 
 
-def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict] | tuple[None, None]:
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to continue from."""
+
+    path: Path
+    content: dict
+    unusable: tuple[Path, ...] = ()  # which were looked at before it
+
+
+def find_checkpoint(args: argparse.Namespace) -> Found | None:
     """The checkpoint to continue from: ``--resume``, or for ``auto`` the newest sound one of the output folder, if any.
 
     Raises:
         ValueError: there are checkpoints, but none is sound, or this run has other values of ``FIXED_FLAGS``.
     """
     if args.resume is None:
-        return None, None
+        return None
     if args.resume == "auto":
-        path, checkpoint = newest_sound(Path(args.output_dir))
+        found = newest_sound(Path(args.output_dir))
     else:
-        path, checkpoint = Path(args.resume), read_checkpoint(Path(args.resume))
-    if checkpoint is not None:
-        check_flags(args, path, checkpoint["args"])
-    return path, checkpoint
+        found = Found(Path(args.resume), read_checkpoint(Path(args.resume)))
+    if found is not None:
+        check_flags(args, found)
+    return found
 
 
-def newest_sound(output_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
-    """The latest checkpoint of a folder; if that is damaged, the newest of the others.
+def newest_sound(output_dir: Path) -> Found | None:
+    """The latest checkpoint of a folder; if that is damaged or missing, the newest of the others. Says so.
 
     Raises:
-        ValueError: all are damaged.
+        ValueError: there are checkpoints, but all are damaged.
     """
-    if not output_dir.is_dir():
-        return None, None
-    sound, faults = [], []
-    others = [*older_checkpoints(output_dir), output_dir / BEST]
-    for path in filter(Path.exists, (output_dir / LATEST, *others)):
+    older = list(older_checkpoints(output_dir)) if output_dir.is_dir() else []
+    latest, best = output_dir / LATEST, output_dir / BEST
+    if not any(path.exists() for path in (latest, *older, best)):
+        return None
+    found, faults = None, {}
+    for path in (latest, *older, best):
+        if found is not None and path != best:
+            continue
         try:
-            sound.append((path, read_checkpoint(path)))
+            content = read_checkpoint(path)
+            if found is None or step_of(content) > step_of(found.content):
+                found = Found(path, content)
         except ValueError as error:
-            faults.append(error)
-        if sound and path.name == LATEST:
-            break
-    if not sound and faults:
-        raise ValueError(f"{faults[0]}; no other checkpoint in {output_dir} is sound")
-    path, checkpoint = max(sound, key=lambda one: step_of(one[1]), default=(None, None))
-    for fault in faults:
-        utils.print_on_main(f"{fault}; continuing from {path} instead")
-    return path, checkpoint
+            faults[path] = error
+        if found is not None and found.path == latest:
+            return found
+    if found is None:
+        raise ValueError(f"{faults[latest]}; no other checkpoint in {output_dir} is sound")
+    for fault in faults.values():
+        utils.print_on_main(f"{fault}; continuing from {found.path} instead")
+    return replace(found, unusable=tuple(path for path in faults if path.exists()))
 
 
 def step_of(checkpoint: dict) -> int:
@@ -188,8 +205,11 @@ def read_checkpoint(path: Path) -> dict:
         ValueError: it is missing, damaged, not finite, or none of train.py.
     """
     checkpoint = ssd.load_file(path)
-    if not checkpoint.keys() >= KEYS:
+    if not checkpoint.keys() >= KINDS.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py; to start from its weights use --weights {path}")
+    is_usual = all(isinstance(checkpoint[key], kind) for key, kind in KINDS.items())
+    if not is_usual or type(checkpoint["lr_scheduler"].get("last_epoch")) is not int:
+        raise ValueError(f"{path}: damaged, or made by another program: its content is not that of train.py")
     try:
         check_finite(checkpoint, "the checkpoint is of no use")
     except FloatingPointError as error:
@@ -197,28 +217,29 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def check_flags(args: argparse.Namespace, path: Path, old: dict) -> None:
+def check_flags(args: argparse.Namespace, found: Found) -> None:
     """Takes over what the flags leave open, and names what they change.
 
     Raises:
         ValueError: they change what must stay as it was.
     """
-    old = {"accumulate": 1} | old  # the first checkpoints do not tell it, as it did not exist
+    old = {"accumulate": 1} | found.content["args"]  # the first checkpoints do not tell it, as it did not exist
     if args.trainable_backbone_layers is None:
-        args.trainable_backbone_layers = old["trainable_backbone_layers"]
+        args.trainable_backbone_layers = old.get("trainable_backbone_layers")
     for name in FIXED_FLAGS:
-        if old[name] != getattr(args, name):
+        if old.get(name) != getattr(args, name):
             raise ValueError(
-                f"{path}: was made with {flag(name)} {old[name]}, this run has {getattr(args, name)}; they must agree"
+                f"{found.path}: was made with {flag(name)} {old.get(name)}, this run has {getattr(args, name)}; "
+                "they must agree"
             )
-    batches = old["world_size"] * old["accumulate"]
-    if args.world_size * args.accumulate != batches:
+    processes, accumulate = old.get("world_size", 1), old["accumulate"]
+    if args.world_size * args.accumulate != processes * accumulate:
         raise ValueError(
-            f"{path}: was made with {old['world_size']} processes and --accumulate {old['accumulate']}, this run has "
-            f"{args.world_size} and {args.accumulate}; their product must stay {batches}"
+            f"{found.path}: was made with {processes} processes and --accumulate {accumulate}, this run has "
+            f"{args.world_size} and {args.accumulate}; their product must stay {processes * accumulate}"
         )
     for change in changes(old, vars(args)):
-        utils.print_on_main(f"Changed since {path}: {change}")
+        utils.print_on_main(f"Changed since {found.path}: {change}")
 
 
 def changes(old: dict, new: dict) -> Iterator[str]:
@@ -233,34 +254,45 @@ def flag(name: str) -> str:
 
 
 def begin_or_continue(
-    args: argparse.Namespace,
-    state: TrainingState,
-    path: Path | None,
-    checkpoint: dict | None,
-    dataset: CocoTrainDataset,
+    args: argparse.Namespace, state: TrainingState, found: Found | None, dataset: CocoTrainDataset
 ) -> Checkpoints:
-    """Brings ``state`` to where ``checkpoint``, read from ``path``, was, if there is one; readies the output folder.
+    """Brings ``state`` to where the checkpoint that was found is, if there is one, and readies the output folder.
 
     Raises:
         ValueError: the checkpoint is of other data, or the processes found different ones.
     """
     output_dir = Path(args.output_dir)
-    if checkpoint is not None:
-        check_same_data(checkpoint, dataset)
-        state.load_state_dict(checkpoint)
+    if found is not None:
+        check_same_data(found.content, dataset)
+        try:
+            state.load_state_dict(found.content)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{found.path}: does not fit the model and optimizer of this run ({reason})") from None
     if not utils.all_agree(state.global_step):
         raise ValueError("the processes found different checkpoints: --output-dir must be shared by all machines")
-    latest_step = None
-    if checkpoint is None or path.resolve().parent != output_dir.resolve():
+    if found is None or found.path.resolve().parent != output_dir.resolve():
         set_aside(output_dir, [file for name in RUN_FILES for file in output_dir.glob(name)])
-    elif path.name == LATEST:
-        latest_step = state.global_step
-    else:
-        later = [file for file, step in older_checkpoints(output_dir).items() if step > state.global_step]
-        set_aside(output_dir, [*output_dir.glob(LATEST), *later])
+    elif found.path.name != LATEST:
+        set_aside(output_dir, not_continued(output_dir, found))
     if not (output_dir / BEST).exists():
         state.best_ap = -1.0  # that of the resumed run is elsewhere
+    latest_step = state.global_step if (output_dir / LATEST).exists() else None
     return Checkpoints(output_dir, args.keep, describe_origin(args, dataset), latest_step)
+
+
+def not_continued(output_dir: Path, found: Found) -> list[Path]:
+    """The checkpoints that are unusable, or later than the one that the run goes on from."""
+    step = step_of(found.content)
+    files = {*output_dir.glob(LATEST), *found.unusable}
+    files |= {file for file, other in older_checkpoints(output_dir).items() if other > step}
+    for best in output_dir.glob(BEST):
+        try:
+            if step_of(read_checkpoint(best)) > step:
+                files.add(best)
+        except ValueError:
+            files.add(best)
+    return sorted(files)
 
 
 def check_same_data(checkpoint: dict, dataset: CocoTrainDataset) -> None:

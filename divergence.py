@@ -1,5 +1,6 @@
 """Numbers that are not finite: found without making the host wait for the device, and kept for study."""
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +21,22 @@ class StepNumbers:
 
     step: int
     batches: list[dict]
-    names: list[str]  # of the numbers
-    values: Tensor  # on the host, once ``arrived``
+    loss_names: list[str]
+    values: Tensor  # on the host, once ``arrived``: the losses of each batch in turn, then the norm
     arrived: torch.cuda.Event | None
 
     @property
     def have_arrived(self) -> bool:
         return self.arrived is None or self.arrived.query()
 
-    @property
-    def faults(self) -> list[int]:
-        """Which numbers are not finite."""
+    def are_finite(self) -> bool:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return torch.nonzero(~self.values.isfinite()).flatten().tolist()
+        return bool(self.values.isfinite().all())
+
+    def losses_of_batches(self) -> list[dict[str, float]]:
+        losses = self.values[:-1].view(len(self.batches), -1).tolist()
+        return [dict(zip(self.loss_names, one, strict=True)) for one in losses]
 
 
 class Divergence:
@@ -52,7 +55,6 @@ class Divergence:
         self, step: int, batches: list[dict], loss_names: list[str], losses: list[Tensor], gradient_norm: Tensor
     ) -> None:
         """Takes the batches of a step with the losses of each, and the norm of its gradients."""
-        names = [f"the loss {name}" for name in loss_names] * len(batches)
         values = torch.cat([*losses, gradient_norm.view(1)])
         arrived = None
         if values.is_cuda:
@@ -60,7 +62,7 @@ class Divergence:
             values = on_host.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.pending.append(StepNumbers(step, batches, [*names, "the norm of the gradients"], values, arrived))
+        self.pending.append(StepNumbers(step, batches, loss_names, values, arrived))
 
     def vote(self, wait: bool = False) -> int:
         """``NOT_FINITE`` if a number is not.
@@ -72,7 +74,7 @@ class Divergence:
             if not (wait or self.pending[0].have_arrived or len(self.pending) > MAX_PENDING):
                 break
             numbers = self.pending.popleft()
-            if numbers.faults:
+            if not numbers.are_finite():
                 self.found = numbers
         return 0 if self.found is None else NOT_FINITE
 
@@ -83,8 +85,8 @@ class Divergence:
             FloatingPointError: always.
         """
         self.vote(wait=True)
-        findings = utils.gather(None if self.found is None else self.keep(self.found))
-        step, text = min((finding for finding in findings if finding), key=lambda finding: finding[0])
+        findings = filter(None, utils.gather(None if self.found is None else self.keep(self.found)))
+        step, _, text = min(findings, key=lambda finding: finding[:2])
         raise utils.common(
             FloatingPointError(
                 f"step {step}: {text}; no update since the last checkpoint was saved. "
@@ -92,12 +94,25 @@ class Divergence:
             )
         )
 
-    def keep(self, numbers: StepNumbers) -> tuple[int, str]:
-        """Writes the batches of a step. Returns the step and what was wrong with it."""
+    def keep(self, numbers: StepNumbers) -> tuple[int, bool, str]:
+        """Writes the batches of a step whose losses are not finite, or all where only the norm is not.
+
+        Returns:
+            The step, whether only the norm is at fault, as on processes that got it from another, and what to say.
+        """
+        losses = numbers.losses_of_batches()
+        bad = [i for i, one in enumerate(losses) if not all(map(math.isfinite, one.values()))]
+        fault = f"the norm of the gradients is {numbers.values[-1]}"
+        for name, value in losses[bad[0]].items() if bad else ():
+            if not math.isfinite(value):
+                fault = f"the loss {name} is {value}"  # the last one: the first is the sum of the others
+        chosen = bad or range(len(losses))
+        batches = [numbers.batches[i] for i in chosen]
         path = self.output_dir / f"not_finite_{utils.rank()}.pth"
-        values = numbers.values.tolist()
-        content = {"step": numbers.step, "batches": numbers.batches, "names": numbers.names, "values": values}
-        ssd.save_file(content, path)
-        first = numbers.faults[0]
-        image_ids = [image_id for batch in numbers.batches for image_id in batch["image_id"].tolist()]
-        return numbers.step, f"{numbers.names[first]} is {values[first]}, images {image_ids} (kept in {path})"
+        try:
+            ssd.save_file({"step": numbers.step, "batches": batches, "losses": [losses[i] for i in chosen]}, path)
+            where = f"kept in {path}"
+        except OSError as error:
+            where = f"{path} could not be written: {error.strerror}"
+        image_ids = [image_id for batch in batches for image_id in batch["image_id"].tolist()]
+        return numbers.step, not bad, f"{fault}, images {image_ids} ({where})"

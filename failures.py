@@ -22,10 +22,12 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 DISK_ERRORS |= {errno.ENOTDIR, errno.EEXIST}  # where --output-dir is a file
 DISK_HINT = "what was saved before is whole; mend that, or name another --output-dir, and go on with --resume"
 SHARED_MEMORY_HINT = "too little shared memory (a container's --shm-size) or memory: lower --workers or --batch-size"
+GPU_MEMORY_HINT = "lower --batch-size, and --lr with it, or use --amp"
 PEER_HINT = "another process of the run has ended, or no longer answers; if it said why, it did so above"
 # what PyTorch's errors say, and what to do
 HINTS = (
-    (torch.OutOfMemoryError, "", "lower --batch-size, and --lr with it, or use --amp"),
+    (torch.OutOfMemoryError, "", GPU_MEMORY_HINT),
+    (RuntimeError, "CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED", GPU_MEMORY_HINT),
     (RuntimeError, "DefaultCPUAllocator", "the machine lacks memory: lower --batch-size or --workers"),
     (RuntimeError, r"shared memory|\bshm\b|[Bb]us error", SHARED_MEMORY_HINT),
     (RuntimeError, "DataLoader worker.* (killed by signal|exited unexpectedly)", SHARED_MEMORY_HINT),
@@ -54,7 +56,8 @@ def one_line_errors() -> Iterator[None]:
         if text is None:
             traceback.print_exc()
         elif utils.is_main() or not getattr(error, "is_common", False):
-            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         leave(exit_code(error))
 
 

@@ -14,6 +14,7 @@ import utils
 from coco_annotations import CocoAnnotations
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MAX_INTEGER = 10**9  # far beyond all sense, and within what PyTorch takes for seeds and seconds
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,16 +75,18 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="with torch.compile, in this mode of its"
     )
     optimization.add_argument("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
-    optimization.add_argument("--lr", type=float, help="for the global batch; not scaled (default: %(default)s)")
-    optimization.add_argument("--momentum", type=float, help="default: %(default)s")
-    optimization.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, help="default: %(default)s")
+    optimization.add_argument(
+        "--lr", type=positive_number, help="for the global batch; not scaled (default: %(default)s)"
+    )
+    optimization.add_argument("--momentum", type=fraction, help="default: %(default)s")
+    optimization.add_argument("--wd", "--weight-decay", dest="weight_decay", type=fraction, help="default: %(default)s")
     optimization.add_argument(
         "--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], help="default: %(default)s"
     )
     optimization.add_argument(
         "--lr-steps", type=int, nargs="+", help="epochs that lower the rate (default: %(default)s)"
     )
-    optimization.add_argument("--lr-gamma", type=float, help="factor at each of them (default: %(default)s)")
+    optimization.add_argument("--lr-gamma", type=positive_number, help="factor at each of them (default: %(default)s)")
     optimization.add_argument(
         "--seed", type=not_negative, default=0, help="of weights, order and augmentation (default: 0)"
     )
@@ -102,29 +105,36 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     progress.add_argument(
         "--keep", type=not_negative, default=1, help="older checkpoints that stay (default: %(default)s)"
     )
-    progress.add_argument("--time-limit", type=minutes, help="minutes until the run stops with a checkpoint")
+    progress.add_argument("--time-limit", type=positive_number, help="minutes until the run stops with a checkpoint")
     progress.add_argument("--resume", help="checkpoint to continue from; 'auto': that of --output-dir, if any")
     progress.add_argument("--test-only", action="store_true", help="evaluate --resume or --weights, then exit")
 
 
 def not_negative(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    if not 0 <= value <= MAX_INTEGER:
+        raise argparse.ArgumentTypeError(f"must be between 0 and {MAX_INTEGER}, got {value}")
     return value
 
 
 def positive(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if not 1 <= value <= MAX_INTEGER:
+        raise argparse.ArgumentTypeError(f"must be between 1 and {MAX_INTEGER}, got {value}")
     return value
 
 
-def minutes(text: str) -> float:
+def positive_number(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
     return value
 
 

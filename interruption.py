@@ -1,5 +1,6 @@
 """What may stop a run from outside, signals and the clock, and the mark that it leaves."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,22 +17,23 @@ MARKER = "interrupted.json"
 
 
 class Interruption:
-    """Takes note of signals and of the end of ``time_limit`` minutes, for the run to stop where it can be continued.
+    """Takes note of signals and of the end of the time, for the run to stop where it can be continued.
 
     As a context manager it listens to the signals, and leaves a file in ``output_dir`` if the run in it was stopped. A
     second SIGINT, as Ctrl-C sends it, stops the process at once.
 
-    Raises:
-        Interrupted: torchrun has restarted a run that was asked to stop.
+    Args:
+        output_dir: of the run.
+        time_limit: in minutes; None for none.
     """
 
     def __init__(self, output_dir: Path, time_limit: float | None):
         self.marker = output_dir / MARKER
         self.deadline = None if time_limit is None else time.monotonic() + 60 * time_limit
-        self.received = 0
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and self.marker.exists():
-            raise Interrupted("as it was before torchrun restarted it")
-        self.marker.unlink(missing_ok=True)
+        self.received, self.received_at = 0, 0.0
+        self.is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if not self.is_restart:
+            self.marker.unlink(missing_ok=True)  # of an earlier run, even if this one fails before it begins
 
     def __enter__(self):
         self.earlier = {number: signal.getsignal(number) for number in SIGNALS}
@@ -41,20 +43,33 @@ class Interruption:
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        if isinstance(error, Interrupted) and utils.is_main():
-            self.marker.write_text(json.dumps({"reason": str(error)}) + "\n")
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+        is_stopped = isinstance(error, Interrupted)
+        if is_stopped and utils.is_main():
+            with contextlib.suppress(OSError):  # the exit code tells it as well
+                self.marker.write_text(json.dumps({"reason": str(error)}) + "\n")
+        if not (is_stopped and utils.started_by_torchrun()):  # which signals those that end later than others
+            for number, handler in self.earlier.items():
+                signal.signal(number, handler)
+
+    def refuse_restart(self) -> None:
+        """Raises Interrupted, on all processes, if torchrun has restarted a run that was asked to stop."""
+        utils.run_on_main(self.check_marker)
+
+    def check_marker(self) -> None:
+        if self.is_restart and self.marker.exists():
+            raise Interrupted("as it was before torchrun restarted it")
 
     def receive(self, number: int, _) -> None:
-        """Handles a signal."""
-        if number == self.received == signal.SIGINT:
+        """Handles a signal. What comes twice within a second was sent once, by way of several."""
+        if number == self.received == signal.SIGINT and time.monotonic() - self.received_at > 1:
             raise KeyboardInterrupt
-        self.received = number
+        if number != self.received:
+            self.received, self.received_at = number, time.monotonic()
         if utils.is_main():
             hint = "; once more to stop at once, without" if number == signal.SIGINT else ""
             text = f"{signal.Signals(number).name}: stopping after this step, with a checkpoint{hint}\n"
-            os.write(sys.__stderr__.fileno(), text.encode())  # print() may be what was interrupted
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(sys.__stderr__.fileno(), text.encode())  # print() may be what was interrupted
 
     def vote(self) -> int:
         """Why this process wants to stop: the number of a signal, or ``TIME_IS_UP``; 0 if it does not."""

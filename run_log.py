@@ -20,6 +20,12 @@ from torch import Tensor
 import utils
 
 
+def say(text: str, end: str = "\n") -> None:
+    """Prints, unless nobody can read it any more: a run outlives its terminal."""
+    with contextlib.suppress(OSError):
+        print(text, end=end, flush=True)
+
+
 class LiveLine:
     """A line on a terminal that each ``show`` overwrites; writes nothing where the output goes to a file."""
 
@@ -29,11 +35,11 @@ class LiveLine:
     def show(self, text: str) -> None:
         if sys.stdout.isatty():
             self.is_shown = True
-            print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+            say("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="")
 
     def clear(self) -> None:
         if self.is_shown:
-            print("\r\x1b[K", end="")
+            say("\r\x1b[K", end="")
             self.is_shown = False
 
 
@@ -68,7 +74,7 @@ class RunLog:
     def info(self, text: str) -> None:
         if self.enabled:
             self.live_line.clear()
-            print(text, flush=True)
+            say(text)
 
     def live(self, text: str) -> None:
         if self.enabled:

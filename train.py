@@ -325,13 +325,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = utils.init_distributed(args.device, args.dist_timeout)
-    args.world_size = utils.world_size()
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
-    torch.backends.cudnn.benchmark = not args.use_deterministic_algorithms
-
     with Interruption(Path(args.output_dir), args.time_limit) as interruption:
+        device = utils.init_distributed(args.device, args.dist_timeout)
+        interruption.refuse_restart()
+        args.world_size = utils.world_size()
+        torch.manual_seed(args.seed)
+        torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
+        torch.backends.cudnn.benchmark = not args.use_deterministic_algorithms
         training = make_training(args, device, interruption)
         training.run()
     log = training.log
@@ -348,9 +348,9 @@ def make_training(args: argparse.Namespace, device: torch.device, interruption: 
     train_annotations, train_images = flags.open_data(args, "train")
     val_annotations, val_images = flags.open_data(args, "val")
     coco_annotations.check_same_classes(train_annotations.classes, train_annotations.path, val_annotations)
-    path, checkpoint = checkpoints.find_checkpoint(args)
+    found = checkpoints.find_checkpoint(args)
     with utils.main_first():  # so that weights are downloaded once
-        model = make_model(args, train_annotations.num_classes, resumed=checkpoint is not None)
+        model = make_model(args, train_annotations.num_classes, resumed=found is not None)
     model = model.to(device, memory_format=torch.channels_last)
     args.trainable_backbone_layers = model.backbone.trainable_layers
     preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
@@ -363,7 +363,7 @@ def make_training(args: argparse.Namespace, device: torch.device, interruption: 
     lr_scheduler = LambdaLR(optimizer, lr_schedule(args, sampler.steps_per_epoch))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch, args.accumulate)
-    saved = checkpoints.begin_or_continue(args, state, path, checkpoint, dataset)
+    saved = checkpoints.begin_or_continue(args, state, found, dataset)
     last_steps = {"train": state.global_step, "skipped": state.global_step, "val": state.evaluated_step}
     log = RunLog(Path(args.output_dir), last_steps)
     describe_run(args, dataset, val_annotations, log)
@@ -386,7 +386,10 @@ def test_only(args: argparse.Namespace) -> None:
     if checkpoint is None:
         raise ValueError("--test-only needs --resume or --weights, to know what to evaluate")
     if checkpoint == "auto":
-        checkpoint = str(Path(args.output_dir) / "checkpoint.pth")
+        found = checkpoints.newest_sound(Path(args.output_dir))
+        if found is None:
+            raise ValueError(f"--test-only --resume auto: there is no checkpoint in {args.output_dir}")
+        checkpoint = str(found.path)
     defaults = evaluate.get_args_parser().parse_args(["--checkpoint", checkpoint])
     evaluate.main(argparse.Namespace(**vars(defaults) | vars(args)))
 

@@ -22,7 +22,7 @@ groups: dict[str, dist.ProcessGroup] = {}  # "host": through which processes exc
 def init_distributed(device: str | None, timeout: float) -> torch.device:
     """Joins the process group if torchrun started this process, and returns the device to work on.
 
-    NCCL connects GPUs, gloo CPUs; on a single machine gloo listens on the loopback interface only.
+    NCCL connects GPUs, gloo CPUs; on a single machine both are told to listen on the loopback interface only.
 
     Args:
         device: ``cuda``, ``cpu`` or None, which takes the GPU if there is one.
@@ -43,7 +43,8 @@ def init_distributed(device: str | None, timeout: float) -> torch.device:
     if started_by_torchrun():
         loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
         if loopback and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+            for backend in ("GLOO", "NCCL"):
+                os.environ.setdefault(f"{backend}_SOCKET_IFNAME", loopback[0])
         timeout = datetime.timedelta(seconds=timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
         groups["host"] = dist.new_group(backend="gloo", timeout=timeout)

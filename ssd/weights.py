@@ -1,10 +1,12 @@
 """Where weights come from, and how they reach the disk: files, and torchvision's weight enums."""
 
 import argparse
+import contextlib
 import hashlib
 import io
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,10 +52,11 @@ def seal(content: bytes | memoryview) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings the names in ``folder`` to the disk."""
+    """Brings the names in ``folder`` to the disk, where the file system has a way to."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -77,6 +80,7 @@ def load_file(path: str | Path) -> dict:
     if is_hashed and seal(stored[:-SEAL_LENGTH]) != stored[-SEAL_LENGTH:]:
         raise ValueError(f"{path}: damaged (its content does not have the hash that it was saved with)")
     try:
+        refuse_compressed(stored)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -88,9 +92,25 @@ def load_file(path: str | Path) -> dict:
         raise ValueError(f"{path}: damaged or no checkpoint ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a checkpoint or a state dict, found {type(content).__name__}")
+    state_dict = content.get("model", content)
+    if isinstance(state_dict, dict) and any(map(is_larger_than_its_memory, state_dict.values())):
+        raise ValueError(f"{path}: refused, because a tensor in it is larger than what the file holds")
     if not is_hashed and content.get("version", 1) != 1:
         raise ValueError(f"{path}: damaged (the hash that it was saved with is missing)")
     return content
+
+
+def refuse_compressed(stored: bytes) -> None:
+    """Raises RuntimeError for a zip archive with compressed parts: PyTorch writes none, and they may be bombs."""
+    if zipfile.is_zipfile(io.BytesIO(stored)):
+        with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise RuntimeError("it is compressed")
+
+
+def is_larger_than_its_memory(value) -> bool:
+    """Whether a tensor repeats its content, as a few bytes that claim to be terabytes do."""
+    return isinstance(value, Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes()
 
 
 def not_finite(state_dict: dict) -> Iterator[str]:

@@ -22,6 +22,7 @@ from training_state import TrainingState
 MOMENTS = {
     "start": (train, "make_model"),
     "batch": (train.BatchLosses, "forward"),
+    "loss": (ssd.SSD, "compute_loss"),
     "step": (TrainingState, "update"),
     "save": (ssd, "save_file"),
     "detect": (evaluate, "predict"),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -35,8 +36,14 @@ def checkpoint_at(step: int, weight: float = 0.0) -> dict:
         "model": {"weight": torch.full((50_000,), weight)},
         "optimizer": {"state": {0: {"momentum_buffer": torch.full((50_000,), weight)}}},
         "lr_scheduler": {"last_epoch": step},
+        "scaler": {},
+        "rng": torch.get_rng_state(),
+        "args": {},
+        "categories": [],
+        "num_images": 7,
         "evaluated_step": 0,
-    } | dict.fromkeys(("scaler", "rng", "args", "categories", "num_images"))
+        "best_ap": -1.0,
+    }
 
 
 class StateAt:
@@ -93,15 +100,17 @@ def test_a_run_that_is_killed_while_it_saves_leaves_a_sound_checkpoint(tmp_path)
             print(steps[-1], file=loop.stdin, flush=True)
             pid = int(loop.stdout.readline())
             before = (folder / "checkpoint.pth").stat() if steps[-1] else None
+            deadline = time.monotonic() + 60
             while not (folder / "checkpoint.pth").exists() or (folder / "checkpoint.pth").stat() == before:
+                assert time.monotonic() < deadline
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.05))
             os.kill(pid, signal.SIGKILL)
             assert loop.stdout.readline() == "killed\n"
-            path, checkpoint = checkpoints.newest_sound(folder)
-            assert path == folder / "checkpoint.pth"
+            found = checkpoints.newest_sound(folder)
+            assert found.path == folder / "checkpoint.pth"
             cut += (folder / "checkpoint.pth.tmp").exists()
-            steps.append(checkpoints.step_of(checkpoint))
+            steps.append(checkpoints.step_of(found.content))
         loop.stdin.close()
     assert steps == sorted(steps)
     assert cut > 0, "no kill came within a save"
@@ -151,28 +160,31 @@ def test_auto_falls_back_to_the_newest_sound_checkpoint(tmp_path, capsys, damage
     saver.save_best(checkpoint_at(15))
     latest = tmp_path / "checkpoint.pth"
     damage(latest)
-    path, checkpoint = checkpoints.newest_sound(tmp_path)
-    assert (path.name, checkpoints.step_of(checkpoint)) == ("checkpoint_20.pth", 20)
+    found = checkpoints.newest_sound(tmp_path)
+    path = found.path
+    assert (path.name, checkpoints.step_of(found.content)) == ("checkpoint_20.pth", 20)
+    assert found.unusable == (latest,)
     console = capsys.readouterr().out
     assert console.startswith(f"{latest}: ")
     assert console.endswith(f"; continuing from {path} instead\n")
     with pytest.raises(ValueError, match=r"checkpoint.pth: "):
         checkpoints.read_checkpoint(latest)
     damage(path)
-    assert checkpoints.newest_sound(tmp_path)[0].name == "best.pth"
+    assert checkpoints.newest_sound(tmp_path).path.name == "best.pth"
     for name in ("best.pth", "checkpoint_10.pth"):
         damage(tmp_path / name)
     with pytest.raises(ValueError, match=r"no other checkpoint in .* is sound"):
         checkpoints.newest_sound(tmp_path)
 
 
-def test_auto_begins_anew_only_where_there_is_nothing(tmp_path):
-    assert checkpoints.newest_sound(tmp_path) == checkpoints.newest_sound(tmp_path / "nowhere") == (None, None)
+def test_auto_begins_anew_only_where_there_is_nothing(tmp_path, capsys):
+    assert checkpoints.newest_sound(tmp_path) is checkpoints.newest_sound(tmp_path / "nowhere") is None
     saver = checkpoints.Checkpoints(tmp_path, keep=1, origin={}, latest_step=None)
     for step in (1, 2):
         saver.save(StateAt(step))
     (tmp_path / "checkpoint.pth").unlink()
-    assert checkpoints.newest_sound(tmp_path)[0].name == "checkpoint_1.pth"
+    assert checkpoints.newest_sound(tmp_path).path.name == "checkpoint_1.pth"
+    assert "checkpoint.pth: no such checkpoint file; continuing from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer"])
@@ -184,3 +196,50 @@ def test_what_is_not_finite_is_not_saved_over_what_is(tmp_path, part):
     with pytest.raises(FloatingPointError, match="is no longer finite; nothing was saved"):
         checkpoints.save_checkpoint(bad, path)
     assert checkpoints.step_of(checkpoints.read_checkpoint(path)) == 1
+
+
+def test_what_is_unusable_or_later_is_not_continued(tmp_path):
+    saver = checkpoints.Checkpoints(tmp_path, keep=9, origin={}, latest_step=None)
+    for step in (10, 20, 30, 40):
+        saver.save(StateAt(step))
+    found = checkpoints.Found(tmp_path / "checkpoint_20.pth", checkpoint_at(20))
+    later = [tmp_path / name for name in ("checkpoint.pth", "checkpoint_30.pth")]
+    for step, expected in ((15, later), (25, [tmp_path / "best.pth", *later])):
+        saver.save_best(checkpoint_at(step))
+        assert checkpoints.not_continued(tmp_path, found) == sorted(expected)
+    saver.save_best(checkpoint_at(15))
+    flip_a_byte(tmp_path / "best.pth")
+    assert checkpoints.not_continued(tmp_path, found) == sorted([tmp_path / "best.pth", *later])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr_scheduler": {}},
+        {"lr_scheduler": {"last_epoch": "7"}},
+        {"model": [torch.zeros(3)]},
+        {"args": None},
+        {"rng": 5},
+        {"model": {"weight": torch.zeros(1).expand(10**13)}},
+    ],
+    ids=lambda changes: str(list(changes)),
+)
+def test_content_that_no_run_writes_is_refused(tmp_path, changes):
+    """As one may make up, with a hash that is right; the last of them would fill the memory of any machine."""
+    path = tmp_path / "checkpoint.pth"
+    ssd.save_file(checkpoint_at(1) | changes | {"version": ssd.VERSION}, path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pth: (damaged, or made by another|refused, because a tensor)"):
+        checkpoints.newest_sound(tmp_path)
+
+
+def test_compressed_files_are_refused(tmp_path):
+    """A few kilobytes of them may hold gigabytes."""
+    path = tmp_path / "model.pth"
+    torch.save({"weight": torch.zeros(100_000)}, path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for part in whole.namelist():
+            bomb.writestr(part, whole.read(part))
+    assert (tmp_path / "bomb.pth").stat().st_size < 10_000
+    ssd.load_file(path)
+    with pytest.raises(ValueError, match=r"bomb\.pth: damaged or no checkpoint \(it is compressed\)"):
+        ssd.load_file(tmp_path / "bomb.pth")

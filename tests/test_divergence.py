@@ -20,7 +20,7 @@ class LateEvent:
 
 def add(watch: Divergence, step: int, loss: float = 1.0, norm: float = 2.0, image_id: int = 7) -> None:
     batch = {"image_id": torch.tensor([image_id, image_id + 1]), "boxes": torch.zeros(2, 3, 4)}
-    watch.add(step, [batch], ["loss", "classification"], [torch.tensor([loss, 1.0])], torch.tensor(norm))
+    watch.add(step, [batch], ["loss", "classification"], [torch.tensor([1.0 + loss, loss])], torch.tensor(norm))
 
 
 def test_finite_numbers_give_no_vote(tmp_path):
@@ -34,8 +34,8 @@ def test_finite_numbers_give_no_vote(tmp_path):
 @pytest.mark.parametrize(
     ("numbers", "fault"),
     [
-        ({"loss": torch.nan}, "the loss loss is nan"),
-        ({"loss": -torch.inf}, "the loss loss is -inf"),
+        ({"loss": torch.nan}, "the loss classification is nan"),
+        ({"loss": -torch.inf}, "the loss classification is -inf"),
         ({"norm": torch.inf}, "the norm of the gradients is inf"),
     ],
 )
@@ -52,7 +52,26 @@ def test_the_first_step_with_a_fault_is_named_and_kept(tmp_path, numbers, fault)
     kept = torch.load(path, weights_only=True)
     assert kept["step"] == 2
     assert kept["batches"][0]["image_id"].tolist() == [40, 41]
-    assert kept["names"] == ["the loss loss", "the loss classification", "the norm of the gradients"]
+    assert kept["losses"][0].keys() == {"loss", "classification"}
+
+
+def test_only_the_batch_at_fault_is_kept(tmp_path):
+    watch = Divergence(tmp_path)
+    batches = [{"image_id": torch.tensor([i])} for i in (5, 6, 7)]
+    losses = [torch.tensor([1.0, 1.0]), torch.tensor([torch.nan, torch.nan]), torch.tensor([1.0, 1.0])]
+    watch.add(1, batches, ["loss", "classification"], losses, torch.tensor(torch.nan))
+    assert watch.vote() == NOT_FINITE
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss classification is nan, images \[6\] "):
+        watch.report()
+
+
+def test_a_full_disk_does_not_hide_what_happened(tmp_path):
+    (tmp_path / "not_finite_0.pth.tmp").symlink_to("/dev/full")
+    watch = Divergence(tmp_path)
+    add(watch, 1, loss=torch.nan)
+    assert watch.vote() == NOT_FINITE
+    with pytest.raises(FloatingPointError, match=r"classification is nan.*could not be written: No space left"):
+        watch.report()
 
 
 def test_steps_are_looked_at_when_the_device_has_computed_them(tmp_path):

@@ -41,6 +41,7 @@ def test_other_errors_keep_their_traceback(monkeypatch, capsys):
     [
         (failures.Interrupted("SIGTERM"), "stopped: SIGTERM", failures.EXIT_INTERRUPTED),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore"), "lower --batch-size", 1),
+        (RuntimeError("CUDA error: out of memory\nCompile with ..."), "lower --batch-size", 1),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "lower --workers", 1),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "--shm-size", 1),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left"), "--shm-size", 1),

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed or harmed at a given moment: what they leave, and that they go on as if nothing was."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -89,15 +90,39 @@ def test_the_time_limit_stops_a_run(data_path, tmp_path, undisturbed, monkeypatc
     assert_equal_states(tmp_path / "checkpoint.pth", undisturbed / "checkpoint.pth")
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    """Unless it comes within a second, by another way."""
+    clock = SimpleNamespace(now=50.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(interruption, "time", clock)
     with Interruption(tmp_path, None) as watch:
         os.kill(os.getpid(), signal.SIGINT)
+        clock.now += 0.2
+        os.kill(os.getpid(), signal.SIGINT)
         assert watch.vote() == signal.SIGINT
+        clock.now += 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
+        clock.now += 5
         os.kill(os.getpid(), signal.SIGTERM)  # as schedulers may do
         assert watch.vote() == signal.SIGTERM < TIME_IS_UP
+
+
+def test_a_terminal_that_is_gone_does_not_keep_a_run_from_its_checkpoint(data_path, tmp_path):
+    terminal, end = os.openpty()
+    command = ["train.py", *arguments(data_path, tmp_path, "--print-freq", 1)]
+    process = subprocess.Popen(
+        [*launcher(1), *command], cwd=ROOT, stdin=end, stdout=end, stderr=end, start_new_session=True
+    )
+    os.close(end)
+    seen = b""
+    while b"Epoch: [0]  [2/4]" not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)  # as the kernel does for the terminal of a shell
+    assert process.wait(60) == EXIT_INTERRUPTED
+    assert step_of(read_checkpoint(tmp_path / "checkpoint.pth")) >= 2
 
 
 def test_what_nohup_ignores_stays_ignored(tmp_path):
@@ -110,13 +135,14 @@ def test_what_nohup_ignores_stays_ignored(tmp_path):
 
 def test_a_run_that_was_stopped_is_not_restarted_by_torchrun(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    Interruption(tmp_path, None)
+    Interruption(tmp_path, None).refuse_restart()
     (tmp_path / MARKER).touch()
     with pytest.raises(Interrupted, match="before torchrun restarted it"):
-        Interruption(tmp_path, None)
+        Interruption(tmp_path, None).refuse_restart()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    Interruption(tmp_path, None)
+    Interruption(tmp_path, None)  # also if it comes to nothing, so that its own restart goes on
     assert not (tmp_path / MARKER).exists()
+    Interruption(tmp_path, None).refuse_restart()
 
 
 def finish(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
@@ -221,7 +247,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(data_path, tmp_path, u
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_it_is_saved(data_path, tmp_path):
     flags = ["--checkpoint-freq", 1, "--print-freq", 1, "--accumulate", 2, "--batch-size", 1]
     in_fourth_step = 8
-    command = ["tests/sabotage.py", 1, "batch", in_fourth_step, "nan", *arguments(data_path, tmp_path, *flags)]
+    command = ["tests/sabotage.py", 1, "loss", in_fourth_step, "nan", *arguments(data_path, tmp_path, *flags)]
     code, console = finish(start(*command, processes=2), 120)
     assert code == 1
     assert console.count(f"exitcode  : {EXIT_NOT_FINITE}") == 2
@@ -230,10 +256,10 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_it_is_saved(d
     assert "step 4: the loss classification is nan, images [" in line
     assert f"(kept in {path})" in line
     kept = load(path)
-    assert [batch["image"].shape[1:] for batch in kept["batches"]] == [(3, 300, 300)] * 2
+    assert [batch["image"].shape for batch in kept["batches"]] == [(1, 3, 300, 300)]  # the second of its two
     named = json.loads(line.split("images ")[1].split(" (kept")[0])
     assert named == [i for batch in kept["batches"] for i in batch["image_id"].tolist()]
-    assert not torch.tensor(kept["values"]).isfinite().all()
+    assert math.isnan(kept["losses"][0]["classification"])
     assert step_of(load(tmp_path / "checkpoint.pth")) == 3
 
 
@@ -269,7 +295,9 @@ def test_a_full_disk_ends_all_processes_and_keeps_the_last_checkpoint(run, data_
 
 def test_a_process_that_no_longer_answers_ends_the_others(data_path, tmp_path):
     command = ["tests/sabotage.py", 1, "step", 2, "SIGSTOP"]
-    process = start(*command, *arguments(data_path, tmp_path, "--dist-timeout", 12), processes=2)
+    flags = arguments(data_path, tmp_path, "--dist-timeout", 12, "--print-freq", 1)
+    process = start(*command, *flags, processes=2)
+    lines_until(process, "Epoch: [0]  [1/2]")
     lines = lines_until(process, "error: ")
     for rank in children_of(process.pid):
         os.kill(rank, signal.SIGKILL)  # which torchrun would do 30 seconds later

@@ -54,6 +54,7 @@ class Slow(torch.utils.data.Dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_only_a_single_batch_may_take_too_long(workers):
     """Three batches take longer than the patience with one."""
+    next(iter(loading.make_loader(ParentProcess(), 1, patience=60)))  # the fork server's imports take longer
     patience = 4.0
     loader = loading.make_loader(Slow([1.5] * 3 + [60]), workers, patience, batch_size=1)
     iterator = iter(loader)
@@ -126,12 +127,12 @@ def test_a_killed_worker_ends_a_run_with_one_line(training, number):
 @pytest.mark.parametrize("moment", ["Training on", "Epoch: [0]  [1/4]"])
 def test_storage_that_hangs_ends_a_run_with_one_line(training, moment):
     """Before the first step the run itself reads images, later its worker does. Here they become empty pipes."""
-    process, images = training("--workers", 1, "--epochs", 99, "--print-freq", 1, "--loader-timeout", 8)
+    process, images = training("--workers", 1, "--epochs", 99, "--print-freq", 1, "--loader-timeout", 15)
     wait_for(process, moment)
     for path in list(images.iterdir()):
         os.mkfifo(images / "pipe")
         (images / "pipe").replace(path)
-    assert "no images came for 8 s (--loader-timeout)" in error_of(process, 60)
+    assert "no images came for 15 s (--loader-timeout)" in error_of(process, 60)
 
 
 def test_workers_end_with_a_run_that_is_killed(training):

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, SMALL
 from test_resume import assert_equal_states
 
-NAMES = ("ssd-node-0", "ssd-node-1")
+NAMES = [f"ssd-{os.getpid()}-{node}" for node in (0, 1)]
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
 
