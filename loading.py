@@ -46,7 +46,7 @@ class Loader(DataLoader):
         with at_most(self.patience):
             iterator = super().__iter__()
         while True:
-            with at_most(self.patience):
+            with at_most(self.patience), lost_workers_named():
                 batch = next(iterator, None)
             if batch is None:
                 return
@@ -119,6 +119,15 @@ def keep_freed_memory() -> None:
         set_option = ctypes.CDLL(None).mallopt
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             set_option(option, KEPT_BYTES)
+
+
+@contextlib.contextmanager
+def lost_workers_named() -> Iterator[None]:
+    """Says it as the DataLoader does where a worker died as it handed over a batch, before the DataLoader noticed."""
+    try:
+        yield
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        raise RuntimeError("DataLoader worker exited unexpectedly") from error
 
 
 @contextlib.contextmanager

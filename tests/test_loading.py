@@ -1,5 +1,6 @@
 """Loader processes that are killed, stuck, or left behind, and what a run says then."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -49,6 +50,23 @@ class Slow(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> int:
         time.sleep(self.seconds[index])
         return index
+
+
+def test_a_worker_that_dies_before_its_batch_is_fetched_is_named():
+    """The fork server, which would report the death, is stopped meanwhile."""
+    loader = loading.make_loader(Slow([0.0] * 8), 1, patience=60, batch_size=1)
+    iterator = iter(loader)
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    server = next(iter(loading.make_loader(ParentProcess(), 1, patience=60))).item()
+    os.kill(server, signal.SIGSTOP)
+    try:
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(0.5)
+        with pytest.raises(RuntimeError, match=r"DataLoader worker.* exited unexpectedly"):
+            list(iterator)
+    finally:
+        os.kill(server, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
