@@ -9,6 +9,8 @@ import functools
 import inspect
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -46,9 +48,48 @@ def init_distributed(device: str | None, timeout: float) -> torch.device:
             for backend in ("GLOO", "NCCL"):
                 os.environ.setdefault(f"{backend}_SOCKET_IFNAME", loopback[0])
         timeout = datetime.timedelta(seconds=timeout)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = store_of_this_start(store, rank, world_size, timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         groups["host"] = dist.new_group(backend="gloo", timeout=timeout)
     return device
+
+
+def store_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """A part of torchrun's store in which nothing is of processes before a restart.
+
+    torchrun keeps its store, and PyTorch (2.10 to 2.15) takes the addresses that it finds in it for those of today.
+    The main process offers a name for this start; the others reply to it, each with a name of its own, by which it
+    knows its reply among those that the main process accepts. (How often torchrun has restarted the processes would not
+    do as a name: the machines of a run count that each for itself.)
+
+    Raises:
+        torch.distributed.DistStoreError: the others did not come in time.
+    """
+
+    def read(key: str) -> str:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(
+                f"process {rank} of {world_size} waited {timeout} (--dist-timeout) for the others"
+            )
+        time.sleep(0.02)
+        return store.get(key).decode() if store.check([key]) else ""
+
+    deadline = time.monotonic() + timeout.total_seconds()
+    own = uuid.uuid4().hex
+    accepted = own
+    if rank == 0:
+        store.set("offer", own)
+        for other in range(1, world_size):
+            while not (reply := read(f"reply {other}")).startswith(own):
+                pass
+            accepted += reply
+        store.set("accepted", accepted)
+    else:
+        while own not in (accepted := read("accepted")):
+            store.set(f"reply {rank}", read("offer") + own)
+    return dist.PrefixStore(accepted[: len(own)], store)
 
 
 def cleanup_distributed() -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,12 @@ def data_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "shapes"
     shapes.draw_data_set(path, num_images={"train2017": 12, "val2017": 7})
     return path
+
+
+def pytest_configure():
+    """Signals that pytest ignores, as one does that a shell starts in the background, would not stop a run either."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,14 @@
     torchrun --nproc-per-node=2 tests/sabotage.py RANK MOMENT CALL WHAT [flags of train.py]
 
 WHAT is a signal, which the process sends to itself, or "nan": a loss becomes that. It happens in the CALL-th call of a
-function that is called at the MOMENT, and not again after a restart by torchrun.
+function that is called at the MOMENT, and not again after a restart by torchrun. Then the first process comes late, so
+that the others meet what the processes before have left behind.
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -51,7 +53,10 @@ def sabotage(moment: str, call: int, what: str, replace=setattr) -> None:
 
 if __name__ == "__main__":
     rank, moment, call, what, *flags = sys.argv[1:]
-    if os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if is_restart and os.environ["RANK"] == "0":
+        time.sleep(5)
+    if not is_restart and os.environ.get("RANK", "0") == rank:
         sabotage(moment, int(call), what)
     with failures.one_line_errors():
         train.main(train.parse_args(flags))
