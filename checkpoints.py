@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import fcntl
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ import utils
 from coco_utils import CocoTrainDataset
 from training_state import TrainingState
 
-LATEST, BEST = "checkpoint.pth", "best.pth"
+LATEST, BEST, LOCK = "checkpoint.pth", "best.pth", ".lock"
 OLDER = re.compile(r"checkpoint_(\d+)\.pth")  # by step
 RUN_FILES = (LATEST, "checkpoint_*.pth", BEST, "metrics.jsonl", "args.json", "pictures", "events.out.tfevents*")
 RUN_FILES += ("not_finite_*.pth",)
@@ -259,7 +261,8 @@ def begin_or_continue(
     """Brings ``state`` to where the checkpoint that was found is, if there is one, and readies the output folder.
 
     Raises:
-        ValueError: the checkpoint is of other data, or the processes found different ones.
+        ValueError: the checkpoint is of other data, the processes found different ones, or another run writes to the
+            folder.
     """
     output_dir = Path(args.output_dir)
     if found is not None:
@@ -271,6 +274,7 @@ def begin_or_continue(
             raise ValueError(f"{found.path}: does not fit the model and optimizer of this run ({reason})") from None
     if not utils.all_agree(state.global_step):
         raise ValueError("the processes found different checkpoints: --output-dir must be shared by all machines")
+    utils.run_on_main(lambda: claim(output_dir))
     if found is None or found.path.resolve().parent != output_dir.resolve():
         set_aside(output_dir, [file for name in RUN_FILES for file in output_dir.glob(name)])
     elif found.path.name != LATEST:
@@ -279,6 +283,27 @@ def begin_or_continue(
         state.best_ap = -1.0  # that of the resumed run is elsewhere
     latest_step = state.global_step if (output_dir / LATEST).exists() else None
     return Checkpoints(output_dir, args.keep, describe_origin(args, dataset), latest_step)
+
+
+def claim(output_dir: Path) -> None:
+    """Keeps other runs out of the folder until this process ends, on a file system that has locks.
+
+    Raises:
+        ValueError: another process that lives has claimed it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # for good: to close it would give the lock up
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = os.read(lock, 1000).decode()
+        raise ValueError(
+            f"{output_dir}: another run ({owner}) writes there; wait for its end, or name another --output-dir"
+        ) from None
+    except OSError:  # there are none
+        return
+    os.truncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def not_continued(output_dir: Path, found: Found) -> list[Path]:

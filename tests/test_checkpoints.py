@@ -243,3 +243,16 @@ def test_compressed_files_are_refused(tmp_path):
     ssd.load_file(path)
     with pytest.raises(ValueError, match=r"bomb\.pth: damaged or no checkpoint \(it is compressed\)"):
         ssd.load_file(tmp_path / "bomb.pth")
+
+
+def test_a_folder_belongs_to_one_run_as_long_as_that_lives(tmp_path):
+    claim = "import pathlib, sys, checkpoints; checkpoints.claim(pathlib.Path(sys.argv[1])); print(1); sys.stdin.read()"
+    command = [sys.executable, "-c", claim, tmp_path]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(ValueError, match=rf"another run \(process {other.pid} on .*\) writes there; wait"):
+            checkpoints.claim(tmp_path)
+        other.kill()
+    checkpoints.claim(tmp_path)
+    checkpoints.claim(tmp_path)  # again by the same process
+    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
