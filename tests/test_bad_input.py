@@ -32,7 +32,7 @@ def has_line(text: str, path, fault: str) -> bool:
 
 
 def test_check_data_finds_nothing_wrong_with_a_good_set(run, data_path):
-    console = run("train.py", "--check-data", "--data-path", data_path, "--workers", 1).stdout
+    console = run("train.py", "--check-data", "--data-path", data_path, "--workers", 0).stdout
     assert console.splitlines()[-1] == "No faults"
     assert f"{data_path / 'annotations/instances_train2017.json'}: 12 images" in console
 
@@ -89,7 +89,8 @@ def test_a_bad_image_ends_a_run_with_one_line(run, damaged, tmp_path, workers):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bad_images_are_skipped_counted_and_named(run, damaged, tmp_path, processes):
     root, faults = damaged
-    command = ["train.py", *SMALL, "--data-path", root, "--output-dir", tmp_path, "--workers", 1, "--print-freq", 1]
+    command = ["train.py", *SMALL, "--data-path", root, "--output-dir", tmp_path, "--workers", 2 - processes]
+    command += ["--print-freq", 1]
     result = run(*command, "--on-bad-image", "skip", "--epochs", 2, processes=processes)
     *train_faults, val_fault = faults.items()
     assert all(has_line(result.stdout, *fault) for fault in faults.items())
@@ -108,7 +109,7 @@ def test_evaluation_counts_what_it_skipped(run, damaged, tmp_path):
     arguments = [*SMALL, "--data-path", str(root), "--output-dir", str(tmp_path), "--workers", "0", "--max-steps", "1"]
     train.main(train.parse_args([*arguments, "--eval-freq", "0", "--on-bad-image", "skip"]))
     command = ["evaluate.py", "--checkpoint", tmp_path / "checkpoint.pth", "--data-path", root, "--device", "cpu"]
-    command += ["--workers", 1, "--output-dir", tmp_path / "evaluation"]
+    command += ["--workers", 0, "--output-dir", tmp_path / "evaluation"]
     error = run(*command, fails=True).stderr.strip().splitlines()[-1]
     assert has_line(error, *list(faults.items())[-1])
     run(*command, "--on-bad-image", "skip", "--pictures", 7)
@@ -117,12 +118,12 @@ def test_evaluation_counts_what_it_skipped(run, damaged, tmp_path):
     assert len(list((tmp_path / "evaluation/pictures").glob("[0-9]*"))) == 6
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_images_in_memory_train_the_same(run, data_path, tmp_path, processes):
-    command = ["train.py", *SMALL, "--data-path", data_path, "--workers", 1, "--max-steps", 2, "--eval-freq", 0]
+def test_images_in_memory_train_the_same(run, data_path, tmp_path):
+    """In two processes, with a worker each where the images must reach them."""
+    command = ["train.py", *SMALL, "--data-path", data_path, "--max-steps", 2, "--eval-freq", 0, "--print-freq", 1]
     losses = []
-    for name, cache in (("disk", []), ("memory", ["--cache", "ram"])):
-        run(*command, *cache, "--print-freq", 1, "--output-dir", tmp_path / name, processes=processes)
+    for name, flags in (("disk", ["--workers", 0]), ("memory", ["--workers", 1, "--cache", "ram"])):
+        run(*command, *flags, "--output-dir", tmp_path / name, processes=2)
         records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([record["loss"] for record in records])
     assert losses[0] == losses[1]
@@ -137,10 +138,10 @@ def test_bad_images_in_memory_are_named(damaged, tmp_path):
 
 
 def test_a_missing_image_folder_is_named(run, data_path, tmp_path):
-    folder = ["--data-path", data_path, "--train-images", "nowhere"]
+    folder = ["--data-path", data_path, "--train-images", "nowhere", "--workers", 0]
     error = run("train.py", *SMALL, *folder, "--output-dir", tmp_path, fails=True).stderr.strip()
     assert error == "train.py: error: nowhere: no such image folder"
-    checked = run("train.py", "--check-data", *folder, "--workers", 1, fails=True).stdout
+    checked = run("train.py", "--check-data", *folder, fails=True).stdout
     assert "nowhere: no such image folder" in checked.splitlines()
     assert f"{data_path / 'annotations/instances_val2017.json'}: 7 images" in checked
 

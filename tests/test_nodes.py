@@ -51,7 +51,7 @@ def validation_lines(output_dir: Path) -> list[dict]:
 
 
 def test_two_machines_train_and_evaluate_as_one_does(run, data_path, tmp_path, machines):
-    command = ["train.py", *SMALL, "--data-path", data_path, "--epochs", 2, "--max-steps", 3, "--workers", 1]
+    command = ["train.py", *SMALL, "--data-path", data_path, "--epochs", 2, "--max-steps", 3, "--workers", 0]
     run(*command, "--output-dir", tmp_path / "one", processes=2)
     prefixes, environment, addresses, port = machines
     agents = []

@@ -65,6 +65,7 @@ def test_from_every_step(train_to, tmp_path, flags, last_step, steps_on):
     whole = tmp_path / "whole"
     seen = train_to(last_step, whole, "--workers", 0, "--checkpoint-freq", 1, "--keep", 99, *flags)
     assert len(seen) == last_step * batches_per_step
+    assert (load(whole / "checkpoint.pth")["scaler"] != {}) == ("fp16" in flags)
     for step in range(1, last_step):
         end = min(step + steps_on, last_step)
         output_dir = tmp_path / f"from_{step}"
@@ -106,10 +107,12 @@ def main(output_dir, arguments):
     whole = run(5, "whole", "--workers", "0", "--checkpoint-freq", "1", "--keep", "99")
     for step in range(1, 5):
         path = output_dir / f"whole/checkpoint_{{step}}.pth"
-        rest = run(5, f"from_{{step}}", "--resume", str(path), "--workers", "2" if step == 3 else "0")
-        assert rest == whole[step * len(whole) // 5 :], (rest, whole)
+        rest = run(step + 1, f"from_{{step}}", "--resume", str(path), "--workers", "2" if step == 3 else "0")
+        batches = len(whole) // 5
+        assert rest == whole[step * batches : (step + 1) * batches], (rest, whole)
+        expected = "checkpoint.pth" if step == 4 else f"checkpoint_{{step + 1}}.pth"
         last = output_dir / f"from_{{step}}/checkpoint.pth"
-        test_resume.assert_equal_states(last, output_dir / "whole/checkpoint.pth")
+        test_resume.assert_equal_states(last, output_dir / "whole" / expected)
     print("process", whole)
 
 
