@@ -66,9 +66,12 @@ def data_path(tmp_path_factory) -> Path:
 
 
 def pytest_configure():
-    """Signals that pytest ignores, as one does that a shell starts in the background, would not stop a run either."""
+    # Signals that pytest ignores, as one does that a shell starts in the background, would not stop a run either.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # One test per core is faster than one after the other on all of them.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -54,10 +54,10 @@ class Slow(torch.utils.data.Dataset):
 
 def test_a_worker_that_dies_before_its_batch_is_fetched_is_named():
     """The fork server, which would report the death, is stopped meanwhile."""
-    loader = loading.make_loader(Slow([0.0] * 8), 1, patience=60, batch_size=1)
-    iterator = iter(loader)
+    others = set(multiprocessing.active_children())  # of loaders that live on
+    iterator = iter(loading.make_loader(Slow([0.0] * 8), 1, patience=60, batch_size=1))
     next(iterator)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - others
     server = next(iter(loading.make_loader(ParentProcess(), 1, patience=60))).item()
     os.kill(server, signal.SIGSTOP)
     try:
