@@ -108,7 +108,7 @@ def write_annotations(source: Path, num_images: int | None, path: Path) -> None:
 
 def make_model(weights: str | None, weights_backbone: str | None, num_classes: int) -> ssd.SSD:
     torch.manual_seed(SEED)
-    return ssd.ssd300_vgg16(weights=weights, weights_backbone=weights_backbone, num_classes=num_classes)
+    return ssd.MODELS["ssd300_vgg16"](weights=weights, weights_backbone=weights_backbone, num_classes=num_classes)
 
 
 def prepare_ours(model: ssd.SSD, images_dir: Path, annotations_file: Path, workers: int, batch_size: int) -> Callable:

@@ -52,7 +52,7 @@ def make_objects(batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def ours(outputs: dict[str, Tensor], boxes: list[Tensor], labels: list[Tensor], compiled: bool) -> Callable:
-    model = ssd.ssd300_vgg16(weights_backbone=None, num_classes=NUM_CLASSES).to(device)
+    model = ssd.MODELS["ssd300_vgg16"](weights_backbone=None, num_classes=NUM_CLASSES).to(device)
     compute_loss = torch.compile(model.compute_loss, fullgraph=True) if compiled else model.compute_loss
     boxes, labels = pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True)
     return lambda: compute_loss(outputs, boxes, labels)
@@ -60,7 +60,7 @@ def ours(outputs: dict[str, Tensor], boxes: list[Tensor], labels: list[Tensor], 
 
 def peer(outputs: dict[str, Tensor], boxes: list[Tensor], labels: list[Tensor]) -> Callable:
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
-    default_boxes = ssd.ssd300_vgg16(weights_backbone=None, num_classes=NUM_CLASSES).default_boxes.to(device)
+    default_boxes = ssd.MODELS["ssd300_vgg16"](weights_backbone=None, num_classes=NUM_CLASSES).default_boxes.to(device)
     targets = [{"boxes": b, "labels": n} for b, n in zip(boxes, labels, strict=True)]
 
     def losses() -> dict[str, Tensor]:

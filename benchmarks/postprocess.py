@@ -73,7 +73,7 @@ PREDICTIONS = {"random": random_predictions, "trained": trained_predictions}
 def start(side: str, kind: str, device_name: str, batch_size: int) -> None:
     global postprocess, device
     device = torch.device(device_name)
-    model = ssd.ssd300_vgg16(weights_backbone=None, num_classes=NUM_CLASSES)
+    model = ssd.MODELS["ssd300_vgg16"](weights_backbone=None, num_classes=NUM_CLASSES)
     outputs = {name: value.to(device) for name, value in PREDICTIONS[kind](model, batch_size).items()}
     model = model.to(device)
     if side == "ours":

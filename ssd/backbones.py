@@ -1,15 +1,24 @@
 """Backbones: each turns an image batch into the feature maps that the head predicts from.
 
-The contract of a backbone is small: ``forward(images) -> list[Tensor]``, largest map first, and ``out_channels``, the
-channels of each map. Everything else (grid sizes, number of default boxes) is derived from it.
+The contract of a backbone is small: ``forward(images) -> list[Tensor]``, largest map first; ``out_channels``, the
+channels of each map; and ``trainable_layers``, how many of its blocks train. Grid sizes, default boxes and the models
+of the family are derived from it and from its entry in ``BACKBONES``.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import ResNet
+from torchvision.models import ResNet, resnet18, resnet34, resnet50, vgg
 
-from .head import xavier_init
+from .default_boxes import CAFFE_DEFAULT_BOXES, DefaultBoxGenerator
+from .initialisation import kaiming_init, xavier_init
+from .weights import load_matching, load_state_dict
+
+Init = Callable[[nn.Module], None]  # see initialisation.py
 
 
 class SSDFeatureExtractorVGG(nn.Module):
@@ -18,16 +27,24 @@ class SSDFeatureExtractorVGG(nn.Module):
     Args:
         features: the layers of a torchvision VGG, from the first convolution to the fifth pool.
         highres: the layers for an input of 512 pixels: one block more, and conv10 and conv11 halve the map as well.
-        trainable_layers: how many of the five convolution blocks train, counted from the last. The others are frozen.
+        trainable_layers: how many of the five convolution blocks train, counted from the last; by default all. The
+            others are frozen.
+        init: initialises the layers that VGG has not.
 
     Raises:
         ValueError: ``trainable_layers`` is not 0 to 5.
     """
 
-    def __init__(self, features: nn.Sequential, highres: bool = False, trainable_layers: int = 5):
+    def __init__(
+        self,
+        features: nn.Sequential,
+        highres: bool = False,
+        trainable_layers: int | None = None,
+        init: Init = xavier_init,
+    ):
         super().__init__()
         pools = [i for i, layer in enumerate(features) if isinstance(layer, nn.MaxPool2d)]
-        freeze_first_blocks(features, [0, *pools[:-1]], trainable_layers)
+        self.trainable_layers = freeze_first_blocks(features, [0, *pools[:-1]], trainable_layers)
         pool3, pool4, pool5 = pools[2:]
 
         # Caffe rounds pooled sizes up: 75 becomes 38 cells, not 37.
@@ -54,9 +71,8 @@ class SSDFeatureExtractorVGG(nn.Module):
         if highres:
             extra.append(extra_block(256, 128, 256, kernel_size=4, padding=1))  # conv12
         for block in (fc, *extra):
-            xavier_init(block)
+            init(block)
         self.extra = nn.ModuleList([nn.Sequential(*body[pool4:pool5], fc), *extra])
-        self.trainable_layers = trainable_layers
         self.out_channels = [512, 1024, 512] + [256] * (len(extra) - 1)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -70,41 +86,39 @@ class SSDFeatureExtractorVGG(nn.Module):
 
 
 class SSDFeatureExtractorResNet(nn.Module):
-    """ResNet's stages 2 to 4 and three extra blocks, with the grid of SSD300: 38, 19, 10, 5, 3 and 1 cells.
+    """ResNet's stages 2 to 4 and extra blocks, with the grids of SSD300 and SSD512.
 
     Args:
         backbone: a torchvision ResNet.
-        trainable_layers: how many of the five parts (stem, stages 1 to 4) train, counted from the last. The others
-            are frozen, their batch norm included.
+        highres: the layers for an input of 512 pixels: one block more, and all extra blocks halve the map.
+        trainable_layers: how many of the five parts (stem, stages 1 to 4) train, counted from the last; by default
+            all. The others are frozen, their batch norm included (``SSD.train``).
+        init: initialises the extra blocks.
 
     Raises:
         ValueError: ``trainable_layers`` is not 0 to 5.
     """
 
-    def __init__(self, backbone: ResNet, trainable_layers: int = 5):
+    def __init__(
+        self, backbone: ResNet, highres: bool = False, trainable_layers: int | None = None, init: Init = xavier_init
+    ):
         super().__init__()
         stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
         stages = nn.Sequential(stem, backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
-        freeze_first_blocks(stages, list(range(len(stages))), trainable_layers)
+        self.trainable_layers = freeze_first_blocks(stages, list(range(len(stages))), trainable_layers)
         self.features = stages[:3]
         channels = backbone.fc.in_features  # each stage has twice the channels of the one before
+        small_map = {"stride": 2, "padding": 1} if highres else {}
         extra = [
             extra_block(channels, 256, 512, stride=2, padding=1, norm=True),
-            extra_block(512, 128, 256, norm=True),
-            extra_block(256, 128, 256),  # its map is one cell, too few values for batch norm
+            extra_block(512, 128, 256, norm=True, **small_map),
+            *([extra_block(256, 128, 256, norm=True, **small_map)] if highres else []),
+            extra_block(256, 128, 256, **small_map),  # its map is one cell, too few values for batch norm
         ]
         for block in extra:
-            xavier_init(block)
+            init(block)
         self.extra = nn.ModuleList([*stages[3:], *extra])
-        self.frozen_stages = list(stages[: len(stages) - trainable_layers])
-        self.trainable_layers = trainable_layers
-        self.out_channels = [channels // 4, channels // 2, channels, 512, 256, 256]
-
-    def train(self, mode: bool = True) -> "SSDFeatureExtractorResNet":
-        super().train(mode)
-        for stage in self.frozen_stages:
-            stage.eval()
-        return self
+        self.out_channels = [channels // 4, channels // 2, channels, 512] + [256] * (len(extra) - 1)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.features(images)
@@ -130,10 +144,72 @@ def extra_block(in_channels, hidden_channels, out_channels, kernel_size=3, norm=
     return nn.Sequential(*layers)
 
 
-def freeze_first_blocks(layers: nn.Sequential, block_starts: list[int], trainable_layers: int) -> None:
-    """Freezes the parameters of all blocks but the last ``trainable_layers``."""
+def freeze_first_blocks(layers: nn.Sequential, block_starts: list[int], trainable_layers: int | None) -> int:
+    """Freezes the parameters of all blocks but the last ``trainable_layers``; returns how many train."""
     num_blocks = len(block_starts)
+    if trainable_layers is None:
+        return num_blocks
     if not 0 <= trainable_layers <= num_blocks:
         raise ValueError(f"trainable backbone layers must be 0 to {num_blocks}, got {trainable_layers}")
     first_trainable = [*block_starts, len(layers)][num_blocks - trainable_layers]
     layers[:first_trainable].requires_grad_(False)
+    return trainable_layers
+
+
+def make_vgg(name: str, weights: str | None, size: int, **settings) -> SSDFeatureExtractorVGG:
+    """With the layers of torchvision's VGG of this name; of ``weights`` the classifier, if any, is left aside."""
+    layers = vgg.make_layers(vgg.cfgs[VGG_LAYERS[name.removesuffix("_bn")]], batch_norm=name.endswith("_bn"))
+    kaiming_init(layers)
+    if weights is not None:
+        prefix, state_dict = "features.", load_state_dict(weights)
+        features = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        load_matching(layers, features, weights)
+    return SSDFeatureExtractorVGG(layers, highres=size == 512, **settings)
+
+
+def make_resnet(network: Callable[[], ResNet], weights: str | None, size: int, **settings) -> SSDFeatureExtractorResNet:
+    resnet = network()
+    if weights is not None:
+        load_matching(resnet, load_state_dict(weights), weights)
+    return SSDFeatureExtractorResNet(resnet, highres=size == 512, **settings)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone, and what belongs to it.
+
+    Args:
+        make: ``make(weights, size, trainable_layers, init)`` gives the module for images of ``size`` pixels;
+            ``weights`` is a name or file for ``load_state_dict``, or None.
+        weights: those to begin with, torchvision's for ImageNet.
+        input_scaling: what these were trained on, a key of ``INPUT_SCALINGS``.
+        trainable_layers: how many blocks train by default, where it begins with weights; None for all.
+        weight_init: how new layers are initialised, a key of ``WEIGHT_INITS``.
+        default_boxes: by size of the input, where they are not guessed.
+    """
+
+    make: Callable[..., nn.Module]
+    weights: str | None
+    input_scaling: str = "imagenet"
+    trainable_layers: int | None = None
+    weight_init: str = "xavier"
+    default_boxes: dict[int, DefaultBoxGenerator] = field(default_factory=dict)
+
+
+VGG_LAYERS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}  # torchvision's names of them
+# conv1 stays frozen, as in the run that made 25.1
+VGG = partial(Backbone, trainable_layers=4, default_boxes=CAFFE_DEFAULT_BOXES)
+
+BACKBONES = {
+    "vgg11": VGG(partial(make_vgg, "vgg11"), "VGG11_Weights.IMAGENET1K_V1"),
+    "vgg11_bn": VGG(partial(make_vgg, "vgg11_bn"), "VGG11_BN_Weights.IMAGENET1K_V1"),
+    "vgg13": VGG(partial(make_vgg, "vgg13"), "VGG13_Weights.IMAGENET1K_V1"),
+    "vgg13_bn": VGG(partial(make_vgg, "vgg13_bn"), "VGG13_BN_Weights.IMAGENET1K_V1"),
+    "vgg16": VGG(partial(make_vgg, "vgg16"), "VGG16_Weights.IMAGENET1K_FEATURES", input_scaling="caffe"),
+    "vgg16_bn": VGG(partial(make_vgg, "vgg16_bn"), "VGG16_BN_Weights.IMAGENET1K_V1"),
+    "vgg19": VGG(partial(make_vgg, "vgg19"), "VGG19_Weights.IMAGENET1K_V1"),
+    "vgg19_bn": VGG(partial(make_vgg, "vgg19_bn"), "VGG19_BN_Weights.IMAGENET1K_V1"),
+    "resnet18": Backbone(partial(make_resnet, resnet18), "ResNet18_Weights.IMAGENET1K_V1"),
+    "resnet34": Backbone(partial(make_resnet, resnet34), "ResNet34_Weights.IMAGENET1K_V1"),
+    "resnet50": Backbone(partial(make_resnet, resnet50), "ResNet50_Weights.IMAGENET1K_V1"),
+}

@@ -97,3 +97,38 @@ def evenly_spaced_scales(num_maps: int, min_ratio: float, max_ratio: float) -> l
         return [min_ratio, max_ratio]
     step = (max_ratio - min_ratio) / (num_maps - 1)
     return [min_ratio + step * k for k in range(num_maps)] + [1.0]
+
+
+def guess_default_boxes(grid_sizes: list[tuple[int, int]]) -> DefaultBoxGenerator:
+    """Default boxes for any backbone, by the rule that Caffe's models for COCO follow, to within a hundredth.
+
+    The scale of the first map is 2.6 of its cells, of the second 3; from there on scales are spaced evenly up to 0.9.
+    Equation 4 of the paper begins at 0.15 or more, where most small objects match nothing
+    (``benchmarks/default_boxes.py``). The largest map, for its number of cells, and the two smallest, which have few
+    proportions to tell apart, do without the aspect ratio 3.
+
+    Args:
+        grid_sizes: rows and columns of each feature map, largest first.
+    """
+    num_maps = len(grid_sizes)
+    largest = 0.9
+    scales = [min(cells / max(grid), largest) for cells, grid in zip((2.6, 3.0), grid_sizes, strict=False)]
+    step = (largest - scales[-1]) / max(num_maps - 2, 1)
+    scales += [scales[-1] + step * k for k in range(1, num_maps + 2 - len(scales))]
+    ratios = [[2], *([2, 3] for _ in range(num_maps - 3)), [2], [2]] if num_maps > 3 else [[2, 3]] * num_maps
+    return DefaultBoxGenerator(ratios, scales=scales)
+
+
+# Caffe's models for COCO by input size; their smallest boxes are smaller than equation 4 of the paper has them.
+CAFFE_DEFAULT_BOXES = {
+    300: DefaultBoxGenerator(
+        [[2], [2, 3], [2, 3], [2, 3], [2], [2]],
+        scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
+        steps=[8, 16, 32, 64, 100, 300],
+    ),
+    512: DefaultBoxGenerator(
+        [[2], [2, 3], [2, 3], [2, 3], [2, 3], [2], [2]],
+        scales=[0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06],
+        steps=[8, 16, 32, 64, 128, 256, 512],
+    ),
+}

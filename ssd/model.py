@@ -1,27 +1,29 @@
-"""SSD: the detector, its loss and its post-processing (paper sections 2 and 3), and the builders of whole models.
+"""SSD: the detector, its loss and its post-processing (paper sections 2 and 3).
 
 Dimension key: B images, A default boxes, G ground-truth slots, C classes including the background (class 0).
 Boxes are xyxy in pixels of the network input unless a comment says otherwise.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet18, vgg
 
-from .backbones import SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
 from .boxes import BoxCoder, pairwise_iou
-from .default_boxes import DefaultBoxGenerator
+from .default_boxes import DefaultBoxGenerator, guess_default_boxes
 from .head import SSDHead
 from .matcher import SSDMatcher
 from .postprocess import NotFiniteError, select_candidates, split_by_image, suppress
-from .weights import load_state_dict, not_finite
 
-NUM_COCO_CLASSES = 91  # the background and COCO's category ids, which run from 1 to 90 with gaps
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Caffe's convention: only the mean is subtracted, and values stay in 0..255
-CAFFE_MEAN, CAFFE_STD = (0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255)
+# mean and standard deviation per RGB channel, for values of 0 to 1
+INPUT_SCALINGS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # only the mean is subtracted, and values stay in 0..255
+    "caffe": ((0.48235, 0.45882, 0.40784), (1 / 255, 1 / 255, 1 / 255)),
+    # -1 to 1
+    "tensorflow": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 class SSD(nn.Module):
@@ -32,10 +34,12 @@ class SSD(nn.Module):
 
     Args:
         backbone: ``forward(images) -> list[Tensor]`` and ``out_channels``, see ``ssd/backbones.py``.
-        anchor_generator: the default boxes.
+        anchor_generator: the default boxes; None for those of ``guess_default_boxes``.
         size: side of the network input in pixels.
         num_classes: number of classes, background included.
-        image_mean, image_std: normalisation per RGB channel, for values of 0 to 1 as in torchvision.
+        head: ``head(feature_maps)`` gives what ``forward`` does, made by ``head(out_channels, num_anchors,
+            num_classes)``; the numbers of channels and of default boxes per cell are those of each feature map.
+        input_scaling: how images are normalised, a key of ``INPUT_SCALINGS``.
         score_thresh: detections with lower scores are dropped.
         nms_thresh: IoU over which the lower scored of two detections of one class is suppressed.
         detections_per_img: best detections kept per image.
@@ -47,12 +51,12 @@ class SSD(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        anchor_generator: DefaultBoxGenerator,
+        anchor_generator: DefaultBoxGenerator | None,
         size: int,
         num_classes: int,
         *,
-        image_mean: tuple[float, float, float] = IMAGENET_MEAN,
-        image_std: tuple[float, float, float] = IMAGENET_STD,
+        head: Callable[[list[int], list[int], int], nn.Module] = SSDHead,
+        input_scaling: str = "imagenet",
         score_thresh: float = 0.01,
         nms_thresh: float = 0.45,
         detections_per_img: int = 200,
@@ -61,8 +65,10 @@ class SSD(nn.Module):
         positive_fraction: float = 0.25,
     ):
         super().__init__()
+        grids = grid_sizes(backbone, size)
+        anchor_generator = anchor_generator or guess_default_boxes(grids)
         self.backbone = backbone
-        self.head = SSDHead(backbone.out_channels, anchor_generator.num_anchors_per_location(), num_classes)
+        self.head = head(backbone.out_channels, anchor_generator.num_anchors_per_location(), num_classes)
         self.matcher = SSDMatcher(iou_thresh)
         self.box_coder = BoxCoder()
         self.size = size
@@ -73,10 +79,18 @@ class SSD(nn.Module):
         self.topk_candidates = topk_candidates
         self.neg_to_pos_ratio = (1 - positive_fraction) / positive_fraction
         # Constants of the architecture, not weights: kept out of the state dict.
-        default_boxes = anchor_generator((size, size), grid_sizes(backbone, size))
-        self.register_buffer("default_boxes", default_boxes, persistent=False)  # [A, 4]
-        for name, value in (("image_mean", image_mean), ("image_std", image_std)):
+        self.register_buffer("default_boxes", anchor_generator((size, size), grids), persistent=False)  # [A, 4]
+        self.input_scaling = input_scaling
+        for name, value in zip(("image_mean", "image_std"), INPUT_SCALINGS[input_scaling], strict=True):
             self.register_buffer(name, 255 * torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "SSD":
+        """As in PyTorch, but batch norm whose weight is frozen keeps its statistics too."""
+        super().train(mode)
+        for layer in self.modules():
+            if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not layer.weight.requires_grad:
+                layer.eval()
+        return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """
@@ -192,108 +206,3 @@ def grid_sizes(backbone: nn.Module, size: int) -> list[tuple[int, int]]:
     feature_maps = backbone.eval()(torch.zeros(1, 3, size, size))
     backbone.train(training)
     return [tuple(feature_map.shape[-2:]) for feature_map in feature_maps]
-
-
-def ssd300_vgg16(
-    *,
-    weights: str | None = None,
-    num_classes: int | None = None,
-    weights_backbone: str | None = "VGG16_Weights.IMAGENET1K_FEATURES",
-    trainable_backbone_layers: int | None = None,
-    **kwargs,
-) -> SSD:
-    """SSD300 with VGG16: 8732 default boxes, 25.1 mAP on COCO val2017 with the weights of torchvision.
-
-    Args:
-        weights: weights of the whole model: ``SSD300_VGG16_Weights.COCO_V1``, or a file (state dict or checkpoint).
-            ``"none"`` means None, here and below.
-        num_classes: number of classes, background included. By default as many as ``weights`` have, else 91 (COCO).
-        weights_backbone: weights of VGG16: ``VGG16_Weights.IMAGENET1K_FEATURES`` or a file; None for random weights.
-            Not read where ``weights`` are given.
-        trainable_backbone_layers: how many of the five convolution blocks train, counted from the last. By default 4
-            if the backbone is pretrained (conv1 stays frozen, as in the run that made 25.1), else all.
-        kwargs: keyword arguments of ``SSD``.
-
-    Raises:
-        ValueError: weights that are missing, damaged or of another model.
-        TypeError: an unknown keyword argument.
-    """
-    features = vgg.make_layers(vgg.cfgs["D"])
-    for layer in features:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-    weights, weights_backbone = (None if source == "none" else source for source in (weights, weights_backbone))
-    if weights is None and weights_backbone is not None:
-        load_vgg_features(features, weights_backbone)
-    if trainable_backbone_layers is None:
-        trainable_backbone_layers = 5 if weights is None and weights_backbone is None else 4
-    backbone = SSDFeatureExtractorVGG(features, trainable_layers=trainable_backbone_layers)
-    # Scales and steps of Caffe's COCO model, where the smallest boxes are smaller than equation 4 has them.
-    default_boxes = DefaultBoxGenerator(
-        [[2], [2, 3], [2, 3], [2, 3], [2], [2]],
-        scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
-        steps=[8, 16, 32, 64, 100, 300],
-    )
-    kwargs = {"image_mean": CAFFE_MEAN, "image_std": CAFFE_STD, **kwargs}
-    return build(backbone, default_boxes, 300, weights, num_classes, kwargs)
-
-
-def ssd300_resnet18(
-    *,
-    weights: str | None = None,
-    num_classes: int | None = None,
-    weights_backbone: str | None = "ResNet18_Weights.IMAGENET1K_V1",
-    trainable_backbone_layers: int | None = None,
-    **kwargs,
-) -> SSD:
-    """SSD300 with ResNet-18: the grid of SSD300 with VGG16 at a fraction of its cost.
-
-    Arguments and errors as for ``ssd300_vgg16``; the backbone's parts are its stem and four stages.
-    """
-    resnet = resnet18()
-    weights, weights_backbone = (None if source == "none" else source for source in (weights, weights_backbone))
-    if weights is None and weights_backbone is not None:
-        load_matching(resnet, load_state_dict(weights_backbone), weights_backbone)
-    if trainable_backbone_layers is None:
-        trainable_backbone_layers = 5
-    backbone = SSDFeatureExtractorResNet(resnet, trainable_layers=trainable_backbone_layers)
-    default_boxes = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2, 3], [2], [2]])
-    return build(backbone, default_boxes, 300, weights, num_classes, kwargs)
-
-
-def build(backbone, default_boxes, size, weights, num_classes, kwargs) -> SSD:
-    """The whole model, with ``weights`` loaded where they are given."""
-    if weights is None:
-        return SSD(backbone, default_boxes, size, num_classes or NUM_COCO_CLASSES, **kwargs)
-    state_dict = load_state_dict(weights)
-    num_classes = num_classes or count_classes(state_dict, default_boxes, weights)
-    model = SSD(backbone, default_boxes, size, num_classes, **kwargs)
-    load_matching(model, state_dict, weights)
-    return model
-
-
-def count_classes(state_dict: dict[str, Tensor], default_boxes: DefaultBoxGenerator, source: str) -> int:
-    """Number of classes, background included, that the weights of a whole model predict."""
-    bias = state_dict.get("head.classification_head.module_list.0.bias")
-    if bias is None:
-        raise ValueError(f"{source}: not the weights of an SSD model (it has no classification head)")
-    return len(bias) // default_boxes.num_anchors_per_location()[0]
-
-
-def load_vgg_features(features: nn.Sequential, source: str) -> None:
-    """Loads the convolutions of a VGG; its classifier, if ``source`` has one, is left aside."""
-    prefix = "features."
-    state_dict = load_state_dict(source)
-    load_matching(features, {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}, source)
-
-
-def load_matching(module: nn.Module, state_dict: dict[str, Tensor], source: str) -> None:
-    """``load_state_dict`` with a one-line error that names the source, for weights that are not finite too."""
-    try:
-        module.load_state_dict(state_dict)
-    except RuntimeError as error:
-        faults = [line.strip() for line in str(error).splitlines()[1:]]
-        raise ValueError(f"{source}: not the weights of this model: {faults[0]} ({len(faults)} faults)") from None
-    for name in not_finite(module.state_dict()):
-        raise ValueError(f"{source}: the weight {name} is not finite; the file is of no use")

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_weight
 
-VERSION = 2  # of checkpoints, where they tell it; from 2 on they end with a hash
+# Of checkpoints, where they tell it. From 2 on they end with a hash; from 3 on ssd300_resnet18 has other default boxes.
+VERSION = 3
 HASH_NAME = b"sha256:"
 SEAL_LENGTH = 2 + len(HASH_NAME) + 64
 
@@ -97,7 +98,18 @@ def load_file(path: str | Path) -> dict:
         raise ValueError(f"{path}: refused, because a tensor in it is larger than what the file holds")
     if not is_hashed and content.get("version", 1) != 1:
         raise ValueError(f"{path}: damaged (the hash that it was saved with is missing)")
+    if has_other_default_boxes(content):
+        raise ValueError(
+            f"{path}: made by an older version, whose ssd300_resnet18 had other default boxes; train it anew"
+        )
     return content
+
+
+def has_other_default_boxes(checkpoint: dict) -> bool:
+    """Whether its model was trained on default boxes that the model of this name no longer has."""
+    arguments = checkpoint.get("args")
+    is_resnet = isinstance(arguments, dict) and arguments.get("model") == "ssd300_resnet18"
+    return is_resnet and checkpoint.get("version", 1) in (1, 2)
 
 
 def refuse_compressed(stored: bytes) -> None:
@@ -120,8 +132,24 @@ def not_finite(state_dict: dict) -> Iterator[str]:
             yield name
 
 
+def load_matching(module: nn.Module, state_dict: dict[str, Tensor], source: str) -> None:
+    """``load_state_dict`` with a one-line error that names the source, for weights that are not finite too."""
+    try:
+        module.load_state_dict(state_dict)
+    except RuntimeError as error:
+        faults = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ValueError(f"{source}: not the weights of this model: {faults[0]} ({len(faults)} faults)") from None
+    for name in not_finite(module.state_dict()):
+        raise ValueError(f"{source}: the weight {name} is not finite; the file is of no use")
+
+
 def load_state_dict(source: str | Path | WeightsEnum) -> dict[str, Tensor]:
-    """The state dict that ``source`` names.
+    """The state dict that ``source`` names, as ``load_weights``."""
+    return load_weights(source)["model"]
+
+
+def load_weights(source: str | Path | WeightsEnum) -> dict:
+    """What ``source`` names: the state dict, ``model``, and all else that a checkpoint has.
 
     Args:
         source: a torchvision weight enum or its name, such as ``SSD300_VGG16_Weights.COCO_V1``, or the path of a
@@ -132,17 +160,18 @@ def load_state_dict(source: str | Path | WeightsEnum) -> dict[str, Tensor]:
     """
     if not is_enum_name(source):
         content = load_file(source)
-        state_dict = content.get("model", content)
-        if not isinstance(state_dict, dict):
-            raise ValueError(f"{source}: expected a state dict, found {type(state_dict).__name__}")
-        return state_dict
+        if "model" not in content:
+            content = {"model": content}
+        if not isinstance(content["model"], dict):
+            raise ValueError(f"{source}: expected a state dict, found {type(content['model']).__name__}")
+        return content
     try:
         weights = get_weight(str(source))
     except (ValueError, AttributeError, KeyError):
         raise ValueError(f"{source}: torchvision has no weights of this name") from None
     cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return {"model": weights.get_state_dict(progress=True, check_hash=True, weights_only=True)}
     except OSError as error:
         raise ValueError(
             f"{source}: cannot download {weights.url} ({error}); put that file at {cache}, or name a local file "

@@ -22,10 +22,11 @@ NAMES = ["circle", "square", "triangle", "star", "ring", "cross"]
 def checkpoint(tmp_path_factory):
     """A model that knows nothing, so that it finds something of everything."""
     torch.manual_seed(0)
-    model = ssd.ssd300_resnet18(weights_backbone=None, num_classes=1 + len(NAMES))
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=1 + len(NAMES))
     path = tmp_path_factory.mktemp("model") / "checkpoint.pth"
     classes = [{"label": i + 1, "id": 10 * (i + 1), "name": name} for i, name in enumerate(NAMES)]
-    torch.save({"model": model.state_dict(), "args": {"model": "ssd300_resnet18"}, "categories": classes}, path)
+    content = {"model": model.state_dict(), "args": {"model": "ssd300_resnet18"}, "categories": classes}
+    ssd.save_file(content | {"version": ssd.VERSION}, path)
     return path
 
 

@@ -74,7 +74,7 @@ def test_images_are_alike_one_by_one_and_together():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["cls_logits", "bbox_regression"])
 def test_predictions_that_are_no_numbers_are_an_error(name, value):
-    model = ssd.ssd300_resnet18(weights_backbone=None, num_classes=3)
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=3)
     outputs = {
         key: torch.zeros(4, len(model.default_boxes), n) for key, n in (("cls_logits", 3), ("bbox_regression", 4))
     }

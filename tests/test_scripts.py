@@ -493,7 +493,7 @@ def test_resume_refuses_other_data(trained, data_path, tmp_path):
 
 def test_broken_weights_are_no_perfect_detector(data_path, tmp_path):
     """COCO's API takes a box of NaN for a match; such a model must not get a score."""
-    model = evaluate.ssd.ssd300_resnet18(weights_backbone=None, num_classes=7)
+    model = evaluate.ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7)
     model.head.regression_head.module_list[0].bias.data.fill_(float("nan"))
     a = coco_annotations.read_annotations(data_path / "annotations/instances_val2017.json")
     args = train.parse_args(["--device", "cpu", "--batch-size", "2", "--workers", "0"])

@@ -152,7 +152,7 @@ def test_validation_loss_is_logged(data_path, tmp_path):
 
 
 def test_validation_loss_is_that_of_one_batch_with_all_images(data_path):
-    model = ssd.ssd300_resnet18(weights_backbone=None, num_classes=7).eval()
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7).eval()
     a = coco_annotations.read_annotations(data_path / "annotations/instances_val2017.json")
 
     def losses(*flags) -> tuple[dict, dict]:
@@ -171,7 +171,7 @@ def test_validation_loss_is_that_of_one_batch_with_all_images(data_path):
 
 
 def test_an_image_that_cannot_be_read_adds_nothing_to_the_loss(data_path, tmp_path):
-    model = ssd.ssd300_resnet18(weights_backbone=None, num_classes=7).eval()
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7).eval()
     a = coco_annotations.read_annotations(data_path / "annotations/instances_val2017.json")
     args = train.parse_args([*SMALL, "--workers", "0", "--val-loss", "--on-bad-image", "skip"])
     dataset = evaluate.validation_set(args, model, a, tmp_path)

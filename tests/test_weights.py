@@ -21,7 +21,7 @@ def vgg_file(tmp_path):
 
 
 def test_backbone_from_a_file(vgg_file):
-    model = ssd.ssd300_vgg16(weights_backbone=str(vgg_file), num_classes=3)
+    model = ssd.MODELS["ssd300_vgg16"](weights_backbone=str(vgg_file), num_classes=3)
     state_dict = torch.load(vgg_file, weights_only=True)
     assert torch.equal(model.backbone.features[0].weight, state_dict["features.0.weight"].float())
     assert torch.equal(model.backbone.extra[0][5].bias, state_dict["features.28.bias"].float())
@@ -30,22 +30,22 @@ def test_backbone_from_a_file(vgg_file):
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3, "args": argparse.Namespace(lr=1)}])
 def test_whole_model_from_a_state_dict_and_from_torchvisions_checkpoint(tmp_path, wrap):
-    source = ssd.ssd300_resnet18(weights_backbone=None, num_classes=5)
+    source = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=5)
     torch.save(wrap(source.state_dict()), tmp_path / "model.pth")
-    model = ssd.ssd300_resnet18(weights=str(tmp_path / "model.pth"))
+    model = ssd.MODELS["ssd300_resnet18"](weights=str(tmp_path / "model.pth"))
     assert model.num_classes == 5
     assert all(torch.equal(model.state_dict()[name], value) for name, value in source.state_dict().items())
 
 
 def test_weights_of_another_model(tmp_path):
-    torch.save(ssd.ssd300_resnet18(weights_backbone=None).state_dict(), tmp_path / "model.pth")
+    torch.save(ssd.MODELS["ssd300_resnet18"](weights_backbone=None).state_dict(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"model.pth: not the weights of this model: Missing key"):
-        ssd.ssd300_vgg16(weights=str(tmp_path / "model.pth"))
+        ssd.MODELS["ssd300_vgg16"](weights=str(tmp_path / "model.pth"))
 
 
 def test_weights_of_no_detector(vgg_file):
     with pytest.raises(ValueError, match=r"vgg.pth: not the weights of an SSD model"):
-        ssd.ssd300_vgg16(weights=str(vgg_file))
+        ssd.MODELS["ssd300_vgg16"](weights=str(vgg_file))
 
 
 class Malicious:
@@ -74,8 +74,9 @@ def test_damaged_files(tmp_path):
 
 
 def test_a_file_may_be_called_like_an_enum(tmp_path):
-    torch.save(ssd.ssd300_resnet18(weights_backbone=None, num_classes=3).state_dict(), tmp_path / "my_Weights.pth")
-    assert ssd.ssd300_resnet18(weights=str(tmp_path / "my_Weights.pth")).num_classes == 3
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "my_Weights.pth")
+    assert ssd.MODELS["ssd300_resnet18"](weights=str(tmp_path / "my_Weights.pth")).num_classes == 3
 
 
 def test_missing_file():
@@ -95,11 +96,11 @@ def test_impossible_download_says_what_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(ValueError, match="cannot download") as error:
-        ssd.ssd300_vgg16()
+        ssd.MODELS["ssd300_vgg16"]()
     message = str(error.value)
     assert str(tmp_path / "hub/checkpoints/vgg16_features-amdegroot-88682ab5.pth") in message
     assert "'none'" in message
-    assert ssd.ssd300_vgg16(weights="none", weights_backbone="none", num_classes=2).num_classes == 2
+    assert ssd.MODELS["ssd300_vgg16"](weights="none", weights_backbone="none", num_classes=2).num_classes == 2
     assert "\n" not in message
 
 
@@ -159,8 +160,8 @@ def test_the_hash_does_not_keep_plain_torch_from_loading(tmp_path):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
-    model = ssd.ssd300_resnet18(weights_backbone=None, num_classes=3)
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=3)
     model.head.regression_head.module_list[0].bias.data[0] = value
     torch.save(model.state_dict(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"model.pth: the weight head.regression_head\S+bias is not finite"):
-        ssd.ssd300_resnet18(weights=str(tmp_path / "model.pth"))
+        ssd.MODELS["ssd300_resnet18"](weights=str(tmp_path / "model.pth"))
