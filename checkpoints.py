@@ -32,8 +32,12 @@ FIXED_FLAGS = (
     "opt",
     "momentum",
     "weight_decay",
+    "norm_weight_decay",
     "trainable_backbone_layers",
+    "freeze_backbone",
+    "input_scaling",
 )
+TOLD_BY_CHECKPOINT = ("trainable_backbone_layers", "input_scaling")  # where the flags leave them open
 FREE_FLAGS = {"resume", "output_dir", "tuned_for_batch"}  # no change of them is worth a line
 KINDS = {"model": dict, "optimizer": dict, "lr_scheduler": dict, "scaler": dict, "rng": Tensor, "args": dict}
 KINDS |= {"categories": list, "num_images": int, "evaluated_step": int, "best_ap": float}
@@ -225,9 +229,11 @@ def check_flags(args: argparse.Namespace, found: Found) -> None:
     Raises:
         ValueError: they change what must stay as it was.
     """
-    old = {"accumulate": 1} | found.content["args"]  # the first checkpoints do not tell it, as it did not exist
-    if args.trainable_backbone_layers is None:
-        args.trainable_backbone_layers = old.get("trainable_backbone_layers")
+    # of what the first checkpoints do not tell, as it did not exist
+    old = {"accumulate": 1, "freeze_backbone": False} | found.content["args"]
+    for name in TOLD_BY_CHECKPOINT:
+        if getattr(args, name) is None:
+            setattr(args, name, old.get(name))
     for name in FIXED_FLAGS:
         if old.get(name) != getattr(args, name):
             raise ValueError(

@@ -31,6 +31,7 @@ HINTS = (
     (RuntimeError, "DefaultCPUAllocator", "the machine lacks memory: lower --batch-size or --workers"),
     (RuntimeError, r"shared memory|\bshm\b|[Bb]us error", SHARED_MEMORY_HINT),
     (RuntimeError, "DataLoader worker.* (killed by signal|exited unexpectedly)", SHARED_MEMORY_HINT),
+    (ValueError, "Expected more than 1 value per channel", "batch norm needs a --batch-size of 2 or more"),
     (dist.DistError, "", PEER_HINT),
     (RuntimeError, r"closed by peer|reset by peer|Broken pipe|[Tt]imed out (waiting|after)|gloo/transport", PEER_HINT),
 )

@@ -58,13 +58,22 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--aspect-ratio-group-factor", type=int, help="accepted, without effect: SSD's input is square")
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=list(ssd.MODELS), help="default: %(default)s")
-    model.add_argument("--weights", help="start from a whole model: SSD300_VGG16_Weights.COCO_V1 or a file")
+    model.add_argument("--weights", help="start from a whole model: SSD300_VGG16_Weights.COCO_V1, or a file")
     model.add_argument("--weights-backbone", help="enum name, file or 'none' (default: ImageNet weights)")
-    model.add_argument(
+    frozen = model.add_mutually_exclusive_group()
+    frozen.add_argument(
         "--trainable-backbone-layers",
         type=not_negative,
         help="stages that train, from the last (default: 4 of VGG)",
     )
+    frozen.add_argument("--freeze-backbone", action="store_true", help="train the heads alone; needs --weights")
+    model.add_argument(
+        "--input-scaling", choices=list(ssd.INPUT_SCALINGS), help="of images (default: that of the backbone's weights)"
+    )
+    model.add_argument(
+        "--weight-init", choices=list(ssd.WEIGHT_INITS), help="of new layers (default: xavier, of SSDlite normal)"
+    )
+    model.add_argument("--sync-bn", action="store_true", help="batch norm over the batches of all GPUs")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--epochs", type=positive, help="default: %(default)s")
     optimization.add_argument("--max-steps", type=positive, help="stop after this many steps of the whole run")
@@ -78,8 +87,17 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     optimization.add_argument(
         "--lr", type=positive_number, help="for the global batch; not scaled (default: %(default)s)"
     )
+    optimization.add_argument(
+        "--scale-lr", action="store_true", help="take --lr for the recipe's global batch, and scale it to this one"
+    )
+    optimization.add_argument(
+        "--lr-warmup-epochs",
+        type=not_negative,
+        help="epochs of rising rate (default: up to 1000 steps of the first)",
+    )
     optimization.add_argument("--momentum", type=fraction, help="default: %(default)s")
     optimization.add_argument("--wd", "--weight-decay", dest="weight_decay", type=fraction, help="default: %(default)s")
+    optimization.add_argument("--norm-weight-decay", type=fraction, help="of batch norm (default: that of all layers)")
     optimization.add_argument(
         "--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], help="default: %(default)s"
     )

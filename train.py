@@ -10,7 +10,7 @@ import argparse
 import bisect
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,7 @@ from validation import Validation
 WARMUP_STEPS = 1000
 WARMUP_START = 1 / 1000
 NUM_LOGGED_IMAGES = 8
+NORM_LAYERS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class BatchLosses(nn.Module):
@@ -160,7 +161,7 @@ class Training:
             first_step=first_step,
             last_step=self.sampler.last_step,
             global_step=global_step,
-            images_per_step=args.batch_size * args.world_size * args.accumulate,
+            images_per_step=global_batch(args),
             print_freq=args.print_freq,
         )
         train_one_epoch(self.state, self.batch_losses, self.loader, self.step_log, self.check_numbers, self.after_step)
@@ -197,11 +198,14 @@ class Training:
 
 
 def lr_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate as a function of the step, as a fraction of ``--lr``.
+    """The learning rate as a function of the step, as a fraction of ``base_lr``.
 
-    Linear warm-up over at most ``WARMUP_STEPS`` within the first epoch, then the reference's decay per epoch.
+    Linear warm-up, over ``--lr-warmup-epochs`` or at most ``WARMUP_STEPS`` within the first, then the reference's decay
+    per epoch.
     """
     warmup_steps = min(WARMUP_STEPS, steps_per_epoch - 1)
+    if args.lr_warmup_epochs is not None:
+        warmup_steps = args.lr_warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
         epoch = step // steps_per_epoch
@@ -216,15 +220,33 @@ def lr_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int
 
 
 def make_model(args: argparse.Namespace, num_classes: int, resumed: bool = False) -> ssd.SSD:
-    """The model that the flags name. One to be ``resumed`` needs no weights, since its checkpoint has them."""
-    keywords = {"num_classes": num_classes, "trainable_backbone_layers": args.trainable_backbone_layers}
+    """The model that the flags name. One to be ``resumed`` needs no weights, since its checkpoint has them.
+
+    What the flags leave open about it, they tell afterwards.
+
+    Raises:
+        ValueError: weights are missing, damaged, of another model, or needed.
+    """
+    keywords = {
+        "num_classes": num_classes,
+        "trainable_backbone_layers": args.trainable_backbone_layers,
+        "input_scaling": args.input_scaling,
+        "weight_init": args.weight_init,
+    }
     if resumed:
         keywords["weights_backbone"] = None
     else:
+        if args.freeze_backbone and args.weights in (None, "none"):
+            raise ValueError("--freeze-backbone needs --weights: what SSD adds to a backbone would stay random")
         keywords["weights"] = args.weights
         if args.weights_backbone is not None:
             keywords["weights_backbone"] = args.weights_backbone
-    return ssd.MODELS[args.model](**keywords)
+    model = ssd.MODELS[args.model](**keywords)
+    if args.freeze_backbone:
+        model.backbone.requires_grad_(False)
+    args.trainable_backbone_layers = 0 if args.freeze_backbone else model.backbone.trainable_layers
+    args.input_scaling = model.input_scaling
+    return model
 
 
 def make_dataset(
@@ -254,17 +276,43 @@ def make_loader(
     )
 
 
+def base_lr(args: argparse.Namespace) -> float:
+    """The learning rate after the warm-up: ``--lr``, with ``--scale-lr`` in proportion to the global batch."""
+    return args.lr * global_batch(args) / args.tuned_for_batch if args.scale_lr else args.lr
+
+
+def global_batch(args: argparse.Namespace) -> int:
+    """Images of a step, of all processes together."""
+    return args.batch_size * args.world_size * args.accumulate
+
+
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = parameter_groups(args, model)
     # Not for fp16: where the first steps overflow and are skipped, PyTorch's fused SGD begins with momentum that nobody
     # has set.
-    fused = args.amp != "fp16" and parameters[0].device.type in ("cpu", "cuda")
+    fused = args.amp != "fp16" and groups[0]["params"][0].device.type in ("cpu", "cuda")
     if args.opt == "adamw":
-        return torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=fused)
+        return torch.optim.AdamW(groups, base_lr(args), fused=fused)
     nesterov = args.opt == "sgd_nesterov"
-    return torch.optim.SGD(
-        parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=nesterov, fused=fused
-    )
+    return torch.optim.SGD(groups, base_lr(args), args.momentum, nesterov=nesterov, fused=fused)
+
+
+def parameter_groups(args: argparse.Namespace, model: nn.Module) -> list[dict]:
+    """What trains, and its weight decay; with ``--norm-weight-decay`` normalisation layers are a group of their own."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if args.norm_weight_decay is None:
+        return [{"params": trainable, "weight_decay": args.weight_decay}]
+    norms = {parameter for layer in norm_layers(model) for parameter in layer.parameters()}
+    others = [parameter for parameter in trainable if parameter not in norms]
+    norms = [parameter for parameter in trainable if parameter in norms]
+    return [
+        {"params": others, "weight_decay": args.weight_decay},
+        {"params": norms, "weight_decay": args.norm_weight_decay},
+    ]
+
+
+def norm_layers(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in model.modules() if isinstance(layer, NORM_LAYERS)]
 
 
 def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: RunLog, patience: float) -> None:
@@ -283,8 +331,10 @@ def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: Run
     log.image("inputs", pictures.grid(drawn, columns=4), 0)
 
 
-def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoAnnotations, log: RunLog) -> None:
-    """Says what is trained on, and writes the flags to args.json."""
+def describe_run(
+    args: argparse.Namespace, model: ssd.SSD, dataset: CocoTrainDataset, val: CocoAnnotations, log: RunLog
+) -> None:
+    """Says what is trained on what, and writes the flags to args.json."""
     train = dataset.annotations
     log.info(
         f"Training on {len(dataset)} of {len(train.image_ids)} images ({train.path}) with {dataset.num_boxes} boxes"
@@ -292,22 +342,46 @@ def describe_run(args: argparse.Namespace, dataset: CocoTrainDataset, val: CocoA
     log.info(f"Evaluating on {len(val.image_ids)} images ({val.path}) with {len(val.boxes)} boxes")
     names = list(train.categories.values())
     log.info(f"Classes ({len(names)}): {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
-    parts = f"{args.world_size} x {args.batch_size} images" + (f" x {args.accumulate}" if args.accumulate > 1 else "")
-    global_batch = f"{args.batch_size * args.world_size * args.accumulate} ({parts})"
-    log.info(
-        f"Learning rate {args.lr:g} for a global batch of {global_batch}; "
-        f"the recipe {args.recipe} is tuned for {args.tuned_for_batch}"
-    )
+    for line in (*describe_model(args, model), describe_lr(args)):
+        log.info(line)
     if args.aspect_ratio_group_factor is not None:
         log.info("--aspect-ratio-group-factor has no effect: SSD resizes every image to a square")
     if log.enabled:
         (Path(args.output_dir) / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
 
 
+def describe_model(args: argparse.Namespace, model: ssd.SSD) -> Iterator[str]:
+    """Lines on its size, on what trains, and on what does not come from ``--weights``."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    yield f"Model {args.model}: {total:,} parameters, of which {trainable:,} train; input scaling {args.input_scaling}"
+    if model.initialised_anew:
+        names = ", ".join(model.initialised_anew)
+        yield f"Kept from {args.weights}: all but {names}, which begin anew for {model.num_classes} classes"
+    if not norm_layers(model):
+        for flag, value in (("--sync-bn", args.sync_bn), ("--norm-weight-decay", args.norm_weight_decay is not None)):
+            if value:
+                yield f"{flag} has no effect: {args.model} has no batch norm"
+
+
+def describe_lr(args: argparse.Namespace) -> str:
+    batch = global_batch(args)
+    parts = f"{args.world_size} x {args.batch_size} images" + (f" x {args.accumulate}" if args.accumulate > 1 else "")
+    scaled = f" = {args.lr:g} x {batch} / {args.tuned_for_batch} (--scale-lr)" if args.scale_lr else ""
+    return (
+        f"Learning rate {base_lr(args):g}{scaled} for a global batch of {batch} ({parts}); "
+        f"the recipe {args.recipe} is tuned for {args.tuned_for_batch}"
+    )
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--recipe", choices=list(presets.RECIPES), default=presets.DEFAULT_RECIPE, help="defaults for the other flags"
+        "--recipe",
+        choices=[*presets.RECIPES, "list"],
+        default=presets.DEFAULT_RECIPE,
+        metavar="NAME",
+        help="defaults for the other flags; 'list' shows all",
     )
     flags.add_common_arguments(parser)
     flags.add_training_arguments(parser)
@@ -318,9 +392,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Flags over the values of the recipe over the values of the default recipe."""
     parser = get_args_parser()
-    parser.set_defaults(**presets.RECIPES[presets.DEFAULT_RECIPE])
+    parser.set_defaults(**presets.RECIPES[presets.DEFAULT_RECIPE].values)
     recipe = parser.parse_known_args(arguments)[0].recipe
-    parser.set_defaults(**presets.RECIPES[recipe])
+    if recipe == "list":
+        print(presets.list_recipes())
+        parser.exit()
+    parser.set_defaults(**presets.RECIPES[recipe].values)
     return parser.parse_args(arguments)
 
 
@@ -352,7 +429,8 @@ def make_training(args: argparse.Namespace, device: torch.device, interruption: 
     with utils.main_first():  # so that weights are downloaded once
         model = make_model(args, train_annotations.num_classes, resumed=found is not None)
     model = model.to(device, memory_format=torch.channels_last)
-    args.trainable_backbone_layers = model.backbone.trainable_layers
+    if args.sync_bn:
+        model = utils.synchronise_batch_norm(model, device)
     preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
     dataset = make_dataset(args, train_annotations, train_images, preset)
     sampler = EpochBatchSampler(
@@ -366,7 +444,7 @@ def make_training(args: argparse.Namespace, device: torch.device, interruption: 
     saved = checkpoints.begin_or_continue(args, state, found, dataset)
     last_steps = {"train": state.global_step, "skipped": state.global_step, "val": state.evaluated_step}
     log = RunLog(Path(args.output_dir), last_steps)
-    describe_run(args, dataset, val_annotations, log)
+    describe_run(args, model, dataset, val_annotations, log)
     if state.global_step == 0:
         log_inputs(dataset, preset, log, args.loader_timeout)
     else:

@@ -2,15 +2,13 @@
 
 A sample's parameters are drawn before any pixel is touched. Zooming out, cropping and flipping only move a ``View``, a
 window on the plane around the image; one bilinear resampling then fills the network input from it. The reference
-resizes without antialiasing, so this gives its pixels without its canvas of up to 16 times the image.
-
-Photometric distortion follows for a whole batch at once, on whichever device the batch is.
+resizes without antialiasing, so this gives its pixels without its canvas of up to 16 times the image. Colours follow in
+``photometric.py``.
 
 Constants and order are those of torchvision's ``ssd`` preset, which trained the published weights. Boxes are float32
 [G, 4], xyxy in pixels of the source image until ``project_boxes``.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +17,6 @@ from numpy import ndarray
 from torch import Tensor
 
 FILL = (123.0, 117.0, 104.0)  # ImageNet's mean colour
-MAX_PIXELS_FOR_GREY_MEAN = 10_000
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,54 @@ class RandomIoUCrop:
         width, height = (crops[:, 2:] - crops[:, :2]).T
         ratio = self.max_aspect_ratio
         return (width > 0) & (height > 0) & (width <= ratio * height) & (height <= ratio * width)
+
+
+class CaffeIoUCrop:
+    """Crops as Caffe's batch sampler does, with the settings of its SSD for COCO.
+
+    For each minimum IoU up to ``trials`` crops are drawn, until some object overlaps one so much. One of the crops that
+    were found, or the whole view, is taken, all with equal chance; it may contain the centre of no box.
+    """
+
+    def __init__(
+        self,
+        min_ious: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 0.0),
+        min_scale: float = 0.3,
+        max_aspect_ratio: float = 2.0,
+        trials: int = 50,
+    ):
+        self.min_ious = min_ious
+        self.min_scale = min_scale
+        self.max_aspect_ratio = max_aspect_ratio
+        self.trials = trials
+
+    def __call__(self, view: View, boxes: ndarray, labels: ndarray, rng: np.random.Generator):
+        found = []
+        for min_iou in self.min_ious if len(boxes) > 0 else ():
+            crops = self.draw_crops(view, rng)
+            has_center, iou = overlaps(crops, boxes)
+            fits = iou.max(axis=1) >= min_iou
+            if fits.any():
+                found.append((crops[fits.argmax()], has_center[fits.argmax()]))
+        choice = rng.integers(len(found) + 1)
+        if choice == len(found):
+            return view, boxes, labels
+        crop, kept = found[choice]
+        left, top, right, bottom = crop.tolist()
+        return replace(view, left=left, top=top, width=right - left, height=bottom - top), boxes[kept], labels[kept]
+
+    def draw_crops(self, view: View, rng: np.random.Generator) -> ndarray:
+        """One crop per trial: int64 [trials, 4], xyxy. Scale and aspect ratio are relative to the view's."""
+        scale = rng.uniform(self.min_scale, 1.0, self.trials)
+        ratio = rng.uniform(
+            np.maximum(1 / self.max_aspect_ratio, scale**2), np.minimum(self.max_aspect_ratio, 1 / scale**2)
+        )
+        share = np.stack((scale * np.sqrt(ratio), scale / np.sqrt(ratio)), axis=1).clip(max=1.0)
+        view_size = np.array([view.width, view.height])
+        size = np.maximum(view_size * share, 1).astype(np.int64)
+        offset = ((view_size - size) * rng.random((self.trials, 2))).astype(np.int64)
+        start = offset + np.array([view.left, view.top])
+        return np.concatenate((start, start + size), axis=1)
 
 
 class RandomHorizontalFlip:
@@ -215,95 +260,3 @@ def fill_uncovered(images: Tensor, coverage: Tensor) -> Tensor:
 def channel_constants(values: tuple[float, float, float], device: torch.device) -> Tensor:
     """float32 [3, 1, 1], filled on the device: for a copy from the host's memory the host would have to wait."""
     return torch.cat([torch.full((1, 1, 1), float(value), device=device) for value in values])
-
-
-class RandomPhotometricDistort:
-    """Random brightness, contrast, saturation, hue and channel order, each with probability ``p``.
-
-    Contrast comes first or last with equal chance. ``draw`` makes the parameters of one image, ``distort`` applies
-    those of a batch.
-    """
-
-    def __init__(
-        self,
-        brightness: tuple[float, float] = (0.875, 1.125),
-        contrast: tuple[float, float] = (0.5, 1.5),
-        saturation: tuple[float, float] = (0.5, 1.5),
-        hue: tuple[float, float] = (-0.05, 0.05),
-        p: float = 0.5,
-    ):
-        self.ranges = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
-        self.p = p
-
-    def draw(self, image: ndarray, rng: np.random.Generator) -> dict[str, ndarray]:
-        """Parameters for the uint8 image [H, W, 4]; its pixels are needed for the grey that contrast pivots on."""
-        neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
-        factors = {k: rng.uniform(*r) if rng.random() < self.p else neutral[k] for k, r in self.ranges.items()}
-        contrast, contrast_first = factors.pop("contrast"), rng.random() < 0.5
-        channels = rng.permutation(3) if rng.random() < self.p else np.arange(3)
-        factors["contrast_before"] = contrast if contrast_first else 1.0
-        factors["contrast_after"] = 1.0 if contrast_first else contrast
-        factors["grey_mean"] = 0.0 if contrast == 1.0 else grey_mean(image, factors)
-        return {name: np.float32(value) for name, value in factors.items()} | {"channels": channels}
-
-
-def distort(images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    """Distorts each image of [B, 3, H, W] (float, 0 to 255) with its own ``parameters``: [B] each, channels [B, 3]."""
-    factor = {name: value.view(-1, 1, 1, 1) for name, value in parameters.items() if name != "channels"}
-    images = adjust_brightness(images, factor["brightness"])
-    images = mix(images, factor["grey_mean"], factor["contrast_before"])
-    images = mix(images, to_grey(images), factor["saturation"])
-    images = shift_hue(images, factor["hue"])
-    images = mix(images, factor["grey_mean"], factor["contrast_after"])
-    batch = torch.arange(len(images), device=images.device)
-    return images[batch[:, None], parameters["channels"]]
-
-
-def adjust_brightness(images: Tensor, factor: Tensor | float) -> Tensor:
-    return (images * factor).clamp(0, 255)
-
-
-def mix(images: Tensor, other: Tensor, factor: Tensor | float) -> Tensor:
-    """Moves ``images`` away from ``other`` (factor > 1) or towards it (factor < 1)."""
-    return (other + factor * (images - other)).clamp(0, 255)
-
-
-def to_grey(images: Tensor) -> Tensor:
-    """Luma of ITU-R 601, as torchvision and Pillow compute it: [B, 1, H, W]."""
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
-
-
-def shift_hue(images: Tensor, shift: Tensor | float) -> Tensor:
-    """Turns the hue by ``shift`` full turns, at the same saturation and value of the HSV model."""
-    red, green, blue = images.unbind(1)
-    value = images.amax(1, keepdim=True)  # [B, 1, H, W]
-    chroma = value - images.amin(1, keepdim=True)
-    divisor = torch.where(chroma > 0, chroma, 1).squeeze(1)
-    hue = torch.where(
-        red == value.squeeze(1),
-        (green - blue) / divisor,
-        torch.where(green == value.squeeze(1), 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    ).unsqueeze(1)  # in sixths of a turn
-    distance = (hue + 6 * shift + channel_constants((5, 3, 1), images.device)) % 6  # [B, 3, H, W]
-    return value - chroma * torch.minimum(distance, 4 - distance).clamp(0, 1)
-
-
-def grey_mean(image: ndarray, factors: dict[str, float]) -> float:
-    """Mean grey of the whole source image [H, W, 4] at the moment when contrast is applied.
-
-    Every n-th pixel suffices for a mean, if these are spread over all columns. So few also keep PyTorch from splitting
-    the work among threads, so that the result is the same, bit for bit, in the main process and in a loader worker.
-    """
-    pixels = image.reshape(-1, 4)
-    stride = -(-len(pixels) // MAX_PIXELS_FOR_GREY_MEAN)
-    while math.gcd(stride, image.shape[1]) > 1:
-        stride += 1
-    sampled = np.ascontiguousarray(pixels[stride // 2 :: stride].T[:3], dtype=np.float32)
-    pixels = torch.from_numpy(sampled)[None, :, None]  # [1, 3, 1, pixels]
-    pixels = adjust_brightness(pixels, factors["brightness"])
-    if factors["contrast_after"] != 1.0 and factors["saturation"] != 1.0:
-        pixels = mix(pixels, to_grey(pixels), factors["saturation"])
-    if factors["contrast_after"] != 1.0 and factors["hue"] != 0.0:
-        pixels = shift_hue(pixels, factors["hue"])
-    return float(to_grey(pixels).numpy().mean())

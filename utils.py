@@ -218,6 +218,17 @@ class Votes:
         return self.value.item()
 
 
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Lets batch norm take its statistics from the batches of all processes.
+
+    Raises:
+        ValueError: the device is no GPU.
+    """
+    if device.type != "cuda":
+        raise ValueError("--sync-bn needs GPUs: PyTorch has no synchronised batch norm for others")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def distribute(model: nn.Module) -> nn.Module:
     """``model`` as it is to be called in training: with gradients averaged over the processes, if there are several."""
     if not dist.is_initialized():

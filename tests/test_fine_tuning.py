@@ -1,0 +1,180 @@
+"""Training that begins with a whole model's weights, and the flags that go with it, through train.py."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import SMALL
+from torch import nn
+
+import coco_eval
+import evaluate
+import ssd
+import train
+import utils
+
+NUM_HEAD_TENSORS = 12  # of the classification head: weights and biases for six feature maps
+
+
+@pytest.fixture(scope="module")
+def coco_checkpoint(tmp_path_factory):
+    """As of a run on COCO's 91 classes."""
+    torch.manual_seed(7)
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, input_scaling="caffe")
+    path = tmp_path_factory.mktemp("coco") / "coco.pth"
+    arguments = {"model": "ssd300_resnet18", "input_scaling": model.input_scaling}
+    ssd.save_file({"model": model.state_dict(), "args": arguments, "version": ssd.VERSION}, path)
+    return path
+
+
+@pytest.fixture
+def train_steps(data_path, tmp_path):
+    """Trains in this process, and returns the checkpoint."""
+
+    def run(*flags, steps: int = 2) -> dict:
+        arguments = [*SMALL, "--data-path", data_path, "--eval-freq", 0, "--max-steps", steps, "--workers", 0]
+        train.main(train.parse_args([str(part) for part in (*arguments, "--output-dir", tmp_path, *flags)]))
+        return torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+
+    return run
+
+
+def test_a_run_keeps_what_fits_and_names_what_begins_anew(train_steps, coco_checkpoint, capsys):
+    trained = train_steps("--weights", coco_checkpoint, "--lr", 1e-9)
+    console = capsys.readouterr().out
+    line = re.search(rf"Kept from {coco_checkpoint}: all but (.*), which begin anew for 7 classes", console)
+    anew = line[1].split(", ")
+    assert len(anew) == NUM_HEAD_TENSORS
+    assert all(name.startswith("head.classification_head.") for name in anew)
+    before = torch.load(coco_checkpoint, weights_only=True)["model"]
+    for name in before.keys() - set(anew):
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(trained["model"][name], before[name], rtol=0, atol=1e-5)
+    assert trained["args"]["input_scaling"] == "caffe"  # of the checkpoint; this model's own is ImageNet's
+    assert "input scaling caffe" in console
+
+
+def test_a_frozen_backbone_stays_as_it_was(train_steps, coco_checkpoint, capsys, tmp_path):
+    """Its extra layers and the statistics of batch norm included; also where the run is continued."""
+    before = torch.load(coco_checkpoint, weights_only=True)["model"]
+    flags = ["--weights", coco_checkpoint, "--freeze-backbone", "--lr", 0.01, "--eval-freq", 1]
+    for steps in (2, 4):
+        trained = train_steps(*flags, "--resume", "auto", steps=steps)["model"]
+        for name, value in before.items():
+            if name.startswith("backbone."):
+                assert torch.equal(trained[name], value), name
+        assert not torch.equal(
+            trained["head.regression_head.module_list.0.bias"], before["head.regression_head.module_list.0.bias"]
+        )
+    console = capsys.readouterr().out
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7)
+    trainable = sum(parameter.numel() for parameter in model.head.parameters())
+    assert console.count(f"of which {trainable:,} train") == 2
+    assert "Changed since" in console
+    assert "trainable" not in "".join(line for line in console.splitlines() if "Changed since" in line)
+    assert evaluate.load_model(str(tmp_path / "checkpoint.pth"), None)[0].input_scaling == "caffe"
+
+
+@pytest.mark.parametrize("flags", [[], ["--weights", "none"]])
+def test_a_frozen_backbone_needs_weights(train_steps, flags):
+    with pytest.raises(ValueError, match="--freeze-backbone needs --weights"):
+        train_steps("--freeze-backbone", *flags)
+
+
+def test_flags_that_freeze_differently_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--freeze-backbone", "--trainable-backbone-layers", "3"])
+    assert "not allowed with argument" in capsys.readouterr().err
+    assert train.parse_args(["--recipe", "caffe", "--freeze-backbone"]).freeze_backbone
+
+
+def test_scaled_learning_rate(train_steps, capsys):
+    """Of the recipe for 32 images, for 2 x 3."""
+    trained = train_steps("--scale-lr", "--accumulate", 2, "--lr-warmup-epochs", 0)
+    expected = 0.002 * 6 / 32
+    assert trained["optimizer"]["param_groups"][0]["lr"] == pytest.approx(expected)
+    assert trained["args"]["lr"] == 0.002
+    console = capsys.readouterr().out
+    assert "Learning rate 0.000375 = 0.002 x 6 / 32 (--scale-lr) for a global batch of 6 (1 x 3 images x 2)" in console
+    train_steps("--scale-lr", "--accumulate", 2, "--lr-warmup-epochs", 0, "--resume", "auto", steps=3)
+    assert "--lr " not in "".join(line for line in capsys.readouterr().out.splitlines() if "Changed since" in line)
+
+
+def test_batch_norm_has_its_own_weight_decay():
+    """All parameters train, each in one group; with no decay of their own in a single one."""
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None)
+    args = train.parse_args(["--norm-weight-decay", "0", "--weight-decay", "0.1"])
+    others, norms = train.make_optimizer(args, model).param_groups
+    assert (others["weight_decay"], norms["weight_decay"]) == (0.1, 0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    expected = {
+        f"{name}.{part}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.BatchNorm2d)
+        for part in ("weight", "bias")
+    }
+    assert {names[parameter] for parameter in norms["params"]} == expected
+    assert {names[parameter] for parameter in others["params"]} == set(names.values()) - expected
+    (group,) = train.make_optimizer(train.parse_args([]), model).param_groups
+    assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model.parameters()]
+
+
+def test_weight_decay_of_batch_norm_through_training_and_resume(train_steps):
+    flags = ["--norm-weight-decay", 0, "--lr", 1e-3]
+    train_steps(*flags, steps=1)
+    groups = train_steps(*flags, "--resume", "auto", steps=2)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [5e-4, 0]
+
+
+def test_flags_for_batch_norm_say_where_there_is_none(capsys):
+    args = train.parse_args(["--norm-weight-decay", "0", "--sync-bn"])
+    args.input_scaling = "caffe"
+    model = ssd.MODELS["ssd300_vgg11"](weights_backbone=None)
+    lines = list(train.describe_model(args, model))
+    assert lines[1:] == [
+        f"{flag} has no effect: ssd300_vgg16 has no batch norm" for flag in ("--sync-bn", "--norm-weight-decay")
+    ]
+    assert len(train.make_optimizer(args, model).param_groups[1]["params"]) == 0
+
+
+def test_synchronised_batch_norm_needs_gpus(train_steps):
+    with pytest.raises(ValueError, match="--sync-bn needs GPUs"):
+        train_steps("--sync-bn")
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None)
+    norms = sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+    keys = model.state_dict().keys()
+    converted = utils.synchronise_batch_norm(model, torch.device("cuda"))
+    assert sum(isinstance(layer, nn.SyncBatchNorm) for layer in converted.modules()) == norms
+    assert converted.state_dict().keys() == keys
+    assert len(train.norm_layers(converted)) == norms
+
+
+def test_batch_norm_of_one_value_is_explained(run, data_path, tmp_path):
+    flags = ["--model", "ssdlite320_mobilenet_v3_large", "--data-path", data_path, "--output-dir", tmp_path]
+    result = run("train.py", *flags, "--batch-size", 1, "--max-steps", 1, "--workers", 0, fails=True)
+    assert "batch norm needs a --batch-size of 2 or more" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [("ssd512_resnet18", "lr_scheme"), ("ssd300_vgg11_bn", "caffe"), ("ssdlite320_mobilenet_v3_large", "ssdlite")],
+)
+def test_members_and_recipes_through_the_scripts(run, data_path, tmp_path, model, recipe):
+    """Trained, continued and evaluated, with the same figures as those of the run."""
+    flags = ["--recipe", recipe, "--model", model, "--weights-backbone", "none", "--batch-size", 2, "--workers", 0]
+    flags += ["--data-path", data_path, "--output-dir", tmp_path, "--device", "cpu", "--resume", "auto"]
+    run("train.py", *flags, "--max-steps", 1, "--eval-freq", 0)
+    result = run("train.py", *flags, "--max-steps", 2)
+    assert "Continuing after 1 steps" in result.stdout
+    checkpoint, output_dir = tmp_path / "checkpoint.pth", tmp_path / "evaluation"
+    flags = ["--data-path", data_path, "--workers", 0, "--device", "cpu", "--output-dir", output_dir]
+    result = run("evaluate.py", "--checkpoint", checkpoint, *flags)
+    metrics = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert coco_eval.format_table(metrics) in result.stdout
+    in_training = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {name: metrics[name] for name in coco_eval.METRICS} == pytest.approx(
+        {name: in_training[name] for name in coco_eval.METRICS}, abs=1e-3
+    )
+    assert metrics["counts"]["detections"] > 0

@@ -1,0 +1,157 @@
+"""Each recipe builds what it names, and differs from the one before in that alone."""
+
+import bisect
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import presets
+import ssd
+import train
+
+STEPS_PER_EPOCH = 2000
+STUDY = ["baseline", "paper_hyperparams", "data_augmentation", "weight_init_and_input_scaling", "lr_scheme"]
+
+
+@pytest.fixture(scope="module")
+def built():
+    """What a recipe makes of a run of 8 processes, by its name."""
+    loaded = []
+
+    def random_weights(source: str) -> dict:
+        loaded.append(source)
+        layers = nn.Sequential(*ssd.backbones.vgg.make_layers(ssd.backbones.vgg.cfgs["D"]))
+        return {f"features.{name}": value for name, value in layers.state_dict().items()}
+
+    def build(name: str) -> dict:
+        loaded.clear()
+        args = train.parse_args(["--recipe", name])
+        args.world_size = 8
+        model = train.make_model(args, num_classes=91)
+        optimizer = train.make_optimizer(args, model)
+        (group,) = optimizer.param_groups
+        factor = train.lr_schedule(args, STEPS_PER_EPOCH)
+        preset = presets.DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
+        fc6 = model.backbone.extra[0][-1][1] if "vgg" in args.model else None
+        return {
+            "size and boxes": (model.size, len(model.default_boxes)),
+            "weights": list(loaded),
+            "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+            "scaling": (model.image_mean.flatten().tolist(), model.image_std.flatten().tolist()),
+            "init": None if fc6 is None else "pytorch" if fc6.bias.any() else "xavier",
+            "augmentation": [type(one).__name__ for one in (*preset.geometric, preset.photometric) if one],
+            "optimizer": (type(optimizer), group.get("momentum"), group.get("nesterov")),
+            "weight decay": group["weight_decay"],
+            "images per step": train.global_batch(args),
+            "rates": [group["lr"] * factor(epoch * STEPS_PER_EPOCH + 1500) for epoch in range(args.epochs)],
+        }
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssd.backbones, "load_state_dict", random_weights)
+        yield {name: build(name) for name in presets.RECIPES if name != "demo"}
+
+
+def differences(one: dict, other: dict) -> set[str]:
+    return {key for key in one if one[key] != other[key]}
+
+
+def multi_step(epochs: int, lr: float, milestones: list[int]) -> list[float]:
+    return [lr * 0.1 ** bisect.bisect_right(milestones, epoch) for epoch in range(epochs)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("baseline", "paper_hyperparams", {"images per step", "weight decay", "rates"}),
+        ("paper_hyperparams", "data_augmentation", {"augmentation"}),
+        ("data_augmentation", "weight_init_and_input_scaling", {"weights", "scaling", "init"}),
+        ("weight_init_and_input_scaling", "lr_scheme", {"rates"}),
+        ("lr_scheme", "two_thirds", {"rates"}),
+        ("lr_scheme", "caffe", {"augmentation", "rates", "frozen"}),
+        ("lr_scheme", "large_batch", {"images per step", "rates"}),
+    ],
+)
+def test_neighbours_differ_in_what_the_step_names_alone(built, before, after, expected):
+    assert differences(built[before], built[after]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "weight_decay", "rates"),
+    [
+        ("baseline", 16, 1e-4, multi_step(26, 0.02, [16, 22])),
+        ("paper_hyperparams", 32, 5e-4, multi_step(65, 0.001, [44, 55])),
+        ("data_augmentation", 32, 5e-4, multi_step(65, 0.001, [44, 55])),
+        ("weight_init_and_input_scaling", 32, 5e-4, multi_step(65, 0.001, [44, 55])),
+        ("lr_scheme", 32, 5e-4, multi_step(120, 0.002, [80, 110])),
+        ("two_thirds", 32, 5e-4, multi_step(80, 0.002, [53, 73])),
+        ("caffe", 32, 5e-4, multi_step(109, 0.001, [76, 98])),
+    ],
+)
+def test_optimizer_and_schedule(built, name, batch, weight_decay, rates):
+    assert built[name]["optimizer"] == (torch.optim.SGD, 0.9, False)
+    assert (built[name]["images per step"], built[name]["weight decay"]) == (batch, weight_decay)
+    assert built[name]["rates"] == pytest.approx(rates)
+
+
+def test_large_batch_scales_the_rate_and_rises_to_it_over_five_epochs(built):
+    """8 times the 32 images that 0.002 is for. The rates are those after three quarters of each epoch."""
+    rates, target = built["large_batch"]["rates"], 0.002 * 256 / 32
+    assert built["large_batch"]["images per step"] == 256
+    rising = [target * (0.001 + 0.999 * (epoch + 0.75) / 5) for epoch in range(5)]
+    assert rates == pytest.approx(rising + multi_step(120, target, [80, 110])[5:])
+
+
+def test_the_rate_of_ssdlite_is_a_cosine(built):
+    rates = built["ssdlite"]["rates"]
+    assert len(rates) == 660
+    assert built["ssdlite"]["images per step"] == 192
+    assert (rates[0], rates[330]) == pytest.approx((0.15, 0.075))
+    assert 0 < rates[-1] < 1e-5
+    assert built["ssdlite"]["weight decay"] == 4e-5
+
+
+def test_models_and_inputs(built):
+    torchvision, caffe = ["VGG16_Weights.IMAGENET1K_V1"], ["VGG16_Weights.IMAGENET1K_FEATURES"]
+    conv1 = [f"backbone.features.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")]
+    photometric = {name: one["augmentation"][-1] for name, one in built.items()}
+    for name in STUDY:
+        is_late = name in STUDY[3:]
+        assert built[name]["size and boxes"] == (300, 8732)
+        assert built[name]["frozen"] == conv1
+        assert built[name]["weights"] == (caffe if is_late else torchvision)
+        assert built[name]["init"] == ("xavier" if is_late else "pytorch")
+        mean, std = built[name]["scaling"]
+        assert mean == pytest.approx([123, 117, 104] if is_late else [123.675, 116.28, 103.53], abs=0.01)
+        assert std == pytest.approx([1, 1, 1] if is_late else [58.395, 57.12, 57.375])
+    for name in STUDY[:2]:
+        assert built[name]["augmentation"] == ["RandomHorizontalFlip"]
+    geometric = ["RandomZoomOut", "RandomIoUCrop", "RandomHorizontalFlip"]
+    for name in STUDY[2:]:
+        assert built[name]["augmentation"] == [*geometric, "RandomPhotometricDistort"]
+    assert built["caffe"]["augmentation"] == [geometric[0], "CaffeIoUCrop", geometric[2], "CaffePhotometricDistort"]
+    assert built["caffe"]["frozen"] == []
+    assert photometric["ssdlite"] == "RandomHorizontalFlip"
+    assert built["ssdlite"]["size and boxes"] == (320, 3234)
+    assert built["ssdlite"]["weights"] == []
+
+
+def test_the_list_has_every_recipe_with_its_published_map(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--recipe", "list"])
+    assert stop.value.code == 0
+    table = capsys.readouterr().out
+    published = dict(re.findall(r"^(\w+) +(\d\d\.\d)  ", table, re.MULTILINE))
+    assert published == dict(zip(STUDY, ["19.5", "21.1", "22.9", "23.9", "25.1"], strict=True)) | {"ssdlite": "21.3"}
+    assert set(re.findall(r"^(\w+) +(?:\d\d\.\d)?  ", table, re.MULTILINE)) == {"recipe", *presets.RECIPES}
+    assert "--lr-steps 53 73" in table
+
+
+def test_flags_shown_by_the_list_make_a_recipe_of_its_neighbour(capsys):
+    """What it prints under a name can be typed."""
+    with pytest.raises(SystemExit):
+        train.parse_args(["--recipe", "list"])
+    shown = re.search(r"^large_batch.*\n((?: {37}.*\n)+)", capsys.readouterr().out, re.MULTILINE)[1].split()
+    typed, named = (vars(train.parse_args(flags)) for flags in (shown, ["--recipe", "large_batch"]))
+    assert {name for name in typed if typed[name] != named[name]} == {"recipe"}
