@@ -7,7 +7,6 @@ Writes checkpoint.pth, best.pth, metrics.jsonl, args.json, pictures and TensorBo
 """
 
 import argparse
-import bisect
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ import evaluate
 import failures
 import flags
 import loading
+import optimization
 import pictures
 import presets
 import shared_files
@@ -46,10 +46,7 @@ from shared_files import SharedFiles
 from training_state import TrainingState
 from validation import Validation
 
-WARMUP_STEPS = 1000
-WARMUP_START = 1 / 1000
 NUM_LOGGED_IMAGES = 8
-NORM_LAYERS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class BatchLosses(nn.Module):
@@ -161,7 +158,7 @@ class Training:
             first_step=first_step,
             last_step=self.sampler.last_step,
             global_step=global_step,
-            images_per_step=global_batch(args),
+            images_per_step=optimization.global_batch(args),
             print_freq=args.print_freq,
         )
         train_one_epoch(self.state, self.batch_losses, self.loader, self.step_log, self.check_numbers, self.after_step)
@@ -197,28 +194,6 @@ class Training:
         self.checkpoints.save(self.state)
 
 
-def lr_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate as a function of the step, as a fraction of ``base_lr``.
-
-    Linear warm-up, over ``--lr-warmup-epochs`` or at most ``WARMUP_STEPS`` within the first, then the reference's decay
-    per epoch.
-    """
-    warmup_steps = min(WARMUP_STEPS, steps_per_epoch - 1)
-    if args.lr_warmup_epochs is not None:
-        warmup_steps = args.lr_warmup_epochs * steps_per_epoch
-
-    def factor(step: int) -> float:
-        epoch = step // steps_per_epoch
-        if args.lr_scheduler == "cosineannealinglr":
-            decay = (1 + math.cos(math.pi * epoch / args.epochs)) / 2
-        else:
-            decay = args.lr_gamma ** bisect.bisect_right(sorted(args.lr_steps), epoch)
-        warmup = 1.0 if step >= warmup_steps else WARMUP_START + (1 - WARMUP_START) * step / warmup_steps
-        return warmup * decay
-
-    return factor
-
-
 def make_model(args: argparse.Namespace, num_classes: int, resumed: bool = False) -> ssd.SSD:
     """The model that the flags name. One to be ``resumed`` needs no weights, since its checkpoint has them.
 
@@ -244,7 +219,7 @@ def make_model(args: argparse.Namespace, num_classes: int, resumed: bool = False
     model = ssd.MODELS[args.model](**keywords)
     if args.freeze_backbone:
         model.backbone.requires_grad_(False)
-    args.trainable_backbone_layers = 0 if args.freeze_backbone else model.backbone.trainable_layers
+    args.trainable_backbone_layers = model.backbone.trainable_layers
     args.input_scaling = model.input_scaling
     return model
 
@@ -274,45 +249,6 @@ def make_loader(
         collate_fn=partial(coco_utils.collate, num_slots=dataset.max_boxes if args.compile else 0),
         persistent_workers=args.workers > 0,
     )
-
-
-def base_lr(args: argparse.Namespace) -> float:
-    """The learning rate after the warm-up: ``--lr``, with ``--scale-lr`` in proportion to the global batch."""
-    return args.lr * global_batch(args) / args.tuned_for_batch if args.scale_lr else args.lr
-
-
-def global_batch(args: argparse.Namespace) -> int:
-    """Images of a step, of all processes together."""
-    return args.batch_size * args.world_size * args.accumulate
-
-
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    groups = parameter_groups(args, model)
-    # Not for fp16: where the first steps overflow and are skipped, PyTorch's fused SGD begins with momentum that nobody
-    # has set.
-    fused = args.amp != "fp16" and groups[0]["params"][0].device.type in ("cpu", "cuda")
-    if args.opt == "adamw":
-        return torch.optim.AdamW(groups, base_lr(args), fused=fused)
-    nesterov = args.opt == "sgd_nesterov"
-    return torch.optim.SGD(groups, base_lr(args), args.momentum, nesterov=nesterov, fused=fused)
-
-
-def parameter_groups(args: argparse.Namespace, model: nn.Module) -> list[dict]:
-    """What trains, and its weight decay; with ``--norm-weight-decay`` normalisation layers are a group of their own."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if args.norm_weight_decay is None:
-        return [{"params": trainable, "weight_decay": args.weight_decay}]
-    norms = {parameter for layer in norm_layers(model) for parameter in layer.parameters()}
-    others = [parameter for parameter in trainable if parameter not in norms]
-    norms = [parameter for parameter in trainable if parameter in norms]
-    return [
-        {"params": others, "weight_decay": args.weight_decay},
-        {"params": norms, "weight_decay": args.norm_weight_decay},
-    ]
-
-
-def norm_layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if isinstance(layer, NORM_LAYERS)]
 
 
 def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: RunLog, patience: float) -> None:
@@ -358,18 +294,18 @@ def describe_model(args: argparse.Namespace, model: ssd.SSD) -> Iterator[str]:
     if model.initialised_anew:
         names = ", ".join(model.initialised_anew)
         yield f"Kept from {args.weights}: all but {names}, which begin anew for {model.num_classes} classes"
-    if not norm_layers(model):
+    if not optimization.norm_layers(model):
         for flag, value in (("--sync-bn", args.sync_bn), ("--norm-weight-decay", args.norm_weight_decay is not None)):
             if value:
                 yield f"{flag} has no effect: {args.model} has no batch norm"
 
 
 def describe_lr(args: argparse.Namespace) -> str:
-    batch = global_batch(args)
+    batch = optimization.global_batch(args)
     parts = f"{args.world_size} x {args.batch_size} images" + (f" x {args.accumulate}" if args.accumulate > 1 else "")
     scaled = f" = {args.lr:g} x {batch} / {args.tuned_for_batch} (--scale-lr)" if args.scale_lr else ""
     return (
-        f"Learning rate {base_lr(args):g}{scaled} for a global batch of {batch} ({parts}); "
+        f"Learning rate {optimization.base_lr(args):g}{scaled} for a global batch of {batch} ({parts}); "
         f"the recipe {args.recipe} is tuned for {args.tuned_for_batch}"
     )
 
@@ -398,7 +334,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         print(presets.list_recipes())
         parser.exit()
     parser.set_defaults(**presets.RECIPES[recipe].values)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.freeze_backbone:
+        args.trainable_backbone_layers = 0
+    if args.lr_warmup_epochs and args.lr_warmup_epochs >= args.epochs:
+        parser.error(f"--lr-warmup-epochs {args.lr_warmup_epochs} must be less than --epochs, {args.epochs}")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -437,8 +378,8 @@ def make_training(args: argparse.Namespace, device: torch.device, interruption: 
         len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size(), args.accumulate
     )
     loader = make_loader(args, dataset, sampler, device)
-    optimizer = make_optimizer(args, model)
-    lr_scheduler = LambdaLR(optimizer, lr_schedule(args, sampler.steps_per_epoch))
+    optimizer = optimization.make_optimizer(args, model)
+    lr_scheduler = LambdaLR(optimizer, optimization.lr_schedule(args, sampler.steps_per_epoch))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch, args.accumulate)
     saved = checkpoints.begin_or_continue(args, state, found, dataset)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import coco_annotations
 import coco_utils
 import flags
+import optimization
 import presets
 import train
 import utils
@@ -46,7 +47,7 @@ def losses_and_gradients(
     batch_losses = train.BatchLosses(model, preset, flags.make_autocast(torch.device(args.device), amp))
     if mode is not None:
         batch_losses.compile(mode=mode, fullgraph=True)
-    optimizer = train.make_optimizer(args, model)
+    optimizer = optimization.make_optimizer(args, model)
     scaler = torch.amp.GradScaler(args.device, enabled=False)
     state = TrainingState(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, 1, accumulate=len(batches))
     losses = []

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from turns import take_turns
 
 import flags
+import optimization
 import presets
 import run_log
 import ssd
@@ -93,7 +94,7 @@ def make_ours(
     torch.backends.cudnn.benchmark = True
     model = train.make_model(args, NUM_CLASSES).to(device, memory_format=torch.channels_last)
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=model.size)
-    optimizer = train.make_optimizer(args, model)
+    optimizer = optimization.make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = TrainingState(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, steps_per_epoch=10**9)
     batch_losses = train.BatchLosses(model, preset, flags.make_autocast(device, amp))

@@ -10,6 +10,7 @@ from torch import nn
 
 import coco_eval
 import evaluate
+import optimization
 import ssd
 import train
 import utils
@@ -58,7 +59,8 @@ def test_a_run_keeps_what_fits_and_names_what_begins_anew(train_steps, coco_chec
 def test_a_frozen_backbone_stays_as_it_was(train_steps, coco_checkpoint, capsys, tmp_path):
     """Its extra layers and the statistics of batch norm included; also where the run is continued."""
     before = torch.load(coco_checkpoint, weights_only=True)["model"]
-    flags = ["--weights", coco_checkpoint, "--freeze-backbone", "--lr", 0.01, "--eval-freq", 1]
+    flags = ["--recipe", "caffe"]  # where all layers train by default
+    flags += ["--weights", coco_checkpoint, "--freeze-backbone", "--lr", 0.01, "--eval-freq", 1]
     for steps in (2, 4):
         trained = train_steps(*flags, "--resume", "auto", steps=steps)["model"]
         for name, value in before.items():
@@ -101,11 +103,17 @@ def test_scaled_learning_rate(train_steps, capsys):
     assert "--lr " not in "".join(line for line in capsys.readouterr().out.splitlines() if "Changed since" in line)
 
 
+def test_a_warm_up_that_does_not_end_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--recipe", "large_batch", "--epochs", "5"])
+    assert "--lr-warmup-epochs 5 must be less than --epochs, 5" in capsys.readouterr().err
+
+
 def test_batch_norm_has_its_own_weight_decay():
     """All parameters train, each in one group; with no decay of their own in a single one."""
     model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None)
     args = train.parse_args(["--norm-weight-decay", "0", "--weight-decay", "0.1"])
-    others, norms = train.make_optimizer(args, model).param_groups
+    others, norms = optimization.make_optimizer(args, model).param_groups
     assert (others["weight_decay"], norms["weight_decay"]) == (0.1, 0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     expected = {
@@ -116,7 +124,7 @@ def test_batch_norm_has_its_own_weight_decay():
     }
     assert {names[parameter] for parameter in norms["params"]} == expected
     assert {names[parameter] for parameter in others["params"]} == set(names.values()) - expected
-    (group,) = train.make_optimizer(train.parse_args([]), model).param_groups
+    (group,) = optimization.make_optimizer(train.parse_args([]), model).param_groups
     assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model.parameters()]
 
 
@@ -135,7 +143,7 @@ def test_flags_for_batch_norm_say_where_there_is_none(capsys):
     assert lines[1:] == [
         f"{flag} has no effect: ssd300_vgg16 has no batch norm" for flag in ("--sync-bn", "--norm-weight-decay")
     ]
-    assert len(train.make_optimizer(args, model).param_groups[1]["params"]) == 0
+    assert len(optimization.make_optimizer(args, model).param_groups[1]["params"]) == 0
 
 
 def test_synchronised_batch_norm_needs_gpus(train_steps):
@@ -147,7 +155,7 @@ def test_synchronised_batch_norm_needs_gpus(train_steps):
     converted = utils.synchronise_batch_norm(model, torch.device("cuda"))
     assert sum(isinstance(layer, nn.SyncBatchNorm) for layer in converted.modules()) == norms
     assert converted.state_dict().keys() == keys
-    assert len(train.norm_layers(converted)) == norms
+    assert len(optimization.norm_layers(converted)) == norms
 
 
 def test_batch_norm_of_one_value_is_explained(run, data_path, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_train import losses_and_gradients, make_batch, make_batch_losses
 
+import optimization
 import train
 import utils
 from divergence import NOT_FINITE, Divergence
@@ -23,7 +24,7 @@ def batch_losses_on_gpu(amp: bool = False) -> train.BatchLosses:
 
 def make_state(batch_losses: train.BatchLosses, accumulate: int = 1) -> TrainingState:
     args = train.parse_args(["--lr", "1e-5"])  # so low that differences of rounding stay small
-    optimizer = train.make_optimizer(args, batch_losses.model)
+    optimizer = optimization.make_optimizer(args, batch_losses.model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     return TrainingState(batch_losses.model, optimizer, schedule, scaler, 9, accumulate)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import optimization
 import presets
 import ssd
 import train
@@ -30,9 +31,9 @@ def built():
         args = train.parse_args(["--recipe", name])
         args.world_size = 8
         model = train.make_model(args, num_classes=91)
-        optimizer = train.make_optimizer(args, model)
+        optimizer = optimization.make_optimizer(args, model)
         (group,) = optimizer.param_groups
-        factor = train.lr_schedule(args, STEPS_PER_EPOCH)
+        factor = optimization.lr_schedule(args, STEPS_PER_EPOCH)
         preset = presets.DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
         fc6 = model.backbone.extra[0][-1][1] if "vgg" in args.model else None
         return {
@@ -44,7 +45,7 @@ def built():
             "augmentation": [type(one).__name__ for one in (*preset.geometric, preset.photometric) if one],
             "optimizer": (type(optimizer), group.get("momentum"), group.get("nesterov")),
             "weight decay": group["weight_decay"],
-            "images per step": train.global_batch(args),
+            "images per step": optimization.global_batch(args),
             "rates": [group["lr"] * factor(epoch * STEPS_PER_EPOCH + 1500) for epoch in range(args.epochs)],
         }
 

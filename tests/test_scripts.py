@@ -16,6 +16,7 @@ import coco_annotations
 import coco_eval
 import coco_utils
 import evaluate
+import optimization
 import train
 import utils
 
@@ -323,8 +324,8 @@ def test_two_processes_average_their_gradients(run, data_path, tmp_path):
     preset = train.DetectionPresetTrain(data_augmentation="ssd", size=300)
     dataset = coco_utils.CocoTrainDataset(a, data_path / "train2017", preset, args.seed)
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = train.make_optimizer(args, model)
-    factor = train.lr_schedule(args, steps_per_epoch=len(dataset) // 6)
+    optimizer = optimization.make_optimizer(args, model)
+    factor = optimization.lr_schedule(args, steps_per_epoch=len(dataset) // 6)
     optimizer.param_groups[0]["lr"] *= factor(0)
     for rank in range(2):
         keys = next(iter(coco_utils.EpochBatchSampler(len(dataset), 3, args.seed, rank, 2)))
@@ -511,21 +512,21 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data_path, tmp_path)
 
 def test_learning_rate_schedule():
     args = train.parse_args(["--epochs", "120"])
-    factor = train.lr_schedule(args, steps_per_epoch=3664)
+    factor = optimization.lr_schedule(args, steps_per_epoch=3664)
     assert factor(0) == pytest.approx(1 / 1000)
     assert factor(500) == pytest.approx(0.5005)
     assert [factor(3664 * epoch) for epoch in (1, 79, 80, 109, 110, 119)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert factor(1000) == 1
-    one_batch = train.lr_schedule(args, steps_per_epoch=1)
+    one_batch = optimization.lr_schedule(args, steps_per_epoch=1)
     assert [one_batch(step) for step in (0, 79, 80)] == pytest.approx([1, 1, 0.1])
-    cosine = train.lr_schedule(train.parse_args(["--epochs", "4", "--lr-scheduler", "cosineannealinglr"]), 10)
+    cosine = optimization.lr_schedule(train.parse_args(["--epochs", "4", "--lr-scheduler", "cosineannealinglr"]), 10)
     assert [cosine(10 * epoch) for epoch in (1, 2, 3)] == pytest.approx([0.853553, 0.5, 0.146447], abs=1e-6)
 
 
 def test_warm_up_equals_the_references(monkeypatch):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     reference = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 1000, total_iters=min(1000, 60 - 1))
-    factor = train.lr_schedule(train.parse_args([]), steps_per_epoch=60)
+    factor = optimization.lr_schedule(train.parse_args([]), steps_per_epoch=60)
     for step in range(60):
         assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
         optimizer.step()

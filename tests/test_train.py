@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import coco_utils
+import optimization
 import presets
 import ssd
 import train
@@ -115,7 +116,7 @@ def test_a_first_step_that_overflows_in_fp16_leaves_nothing_behind(opt, monkeypa
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(1e30))
     model = torch.nn.Linear(1, 1, bias=False)
     args = train.parse_args(["--opt", opt, "--amp", "fp16", "--lr", "0.1", "--weight-decay", "0", "--momentum", "0.9"])
-    optimizer = train.make_optimizer(args, model)
+    optimizer = optimization.make_optimizer(args, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler("cpu"), steps_per_epoch=9)
     before = model.weight.item()
