@@ -287,13 +287,17 @@ def describe_run(
 
 
 def describe_model(args: argparse.Namespace, model: ssd.SSD) -> Iterator[str]:
-    """Lines on its size, on what trains, and on what does not come from ``--weights``."""
+    """Lines on its size, on what trains, and on what comes from ``--weights``."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     yield f"Model {args.model}: {total:,} parameters, of which {trainable:,} train; input scaling {args.input_scaling}"
-    if model.initialised_anew:
-        names = ", ".join(model.initialised_anew)
-        yield f"Kept from {args.weights}: all but {names}, which begin anew for {model.num_classes} classes"
+    if model.initialised_anew == []:
+        yield f"Kept from {args.weights}: all weights, for {model.num_classes} classes (background included)"
+    elif model.initialised_anew:
+        yield (
+            f"Kept from {args.weights}: all weights but those for its classes; initialised anew, for "
+            f"{model.num_classes} classes (background included): {', '.join(model.initialised_anew)}"
+        )
     if not optimization.norm_layers(model):
         for flag, value in (("--sync-bn", args.sync_bn), ("--norm-weight-decay", args.norm_weight_decay is not None)):
             if value:

@@ -100,7 +100,7 @@ def evenly_spaced_scales(num_maps: int, min_ratio: float, max_ratio: float) -> l
 
 
 def guess_default_boxes(grid_sizes: list[tuple[int, int]]) -> DefaultBoxGenerator:
-    """Default boxes for any backbone, by the rule that Caffe's models for COCO follow, to within a hundredth.
+    """Default boxes for any backbone, by the rule that Caffe's models for COCO follow, to within a tenth.
 
     The scale of the first map is 2.6 of its cells, of the second 3; from there on scales are spaced evenly up to 0.9.
     Equation 4 of the paper begins at 0.15 or more, where most small objects match nothing

@@ -38,7 +38,7 @@ def build(
             ``"none"`` means None, here and below.
         num_classes: number of classes, background included. By default as many as ``weights`` have, else 91 (COCO).
             Where ``weights`` have another number, the layers that it shapes begin anew, and ``initialised_anew`` of
-            the model has their names.
+            the model has their names (None without ``weights``).
         weights_backbone: weights of the backbone: the name of a torchvision enum, or a file; None for random weights.
             Not read where ``weights`` are given.
         trainable_backbone_layers: how many of the backbone's blocks train, counted from the last. By default as
@@ -58,16 +58,16 @@ def build(
     weights, weights_backbone = (None if source == "none" else source for source in (weights, weights_backbone))
     if trainable_backbone_layers is None and (weights or weights_backbone):
         trainable_backbone_layers = backbone.trainable_layers
+    content = None
     if weights is not None:
-        weights_backbone = None
-    content = None if weights is None else load_weights(weights)
-    if input_scaling is None:
-        told = scaling_of_backbone(weights_backbone) if content is None else scaling_of_checkpoint(content, weights)
-        input_scaling = told or backbone.input_scaling
+        content, weights_backbone = load_weights(weights), None
     init = WEIGHT_INITS[weight_init or backbone.weight_init]
     feature_extractor = backbone.make(
         weights_backbone, size=size, trainable_layers=trainable_backbone_layers, init=init
     )
+    if input_scaling is None:
+        told = scaling_of_backbone(weights_backbone) if content is None else scaling_of_checkpoint(content, weights)
+        input_scaling = told or backbone.input_scaling
     if num_classes is None:
         num_classes = NUM_COCO_CLASSES if content is None else count_classes(content["model"], weights)
     model = SSD(
@@ -79,7 +79,7 @@ def build(
         input_scaling=input_scaling,
         **kwargs,
     )
-    model.initialised_anew = [] if content is None else load_fitting(model, content["model"], weights)
+    model.initialised_anew = None if content is None else load_fitting(model, content["model"], weights)
     return model
 
 

@@ -14,7 +14,7 @@ from torchvision.models.detection.ssdlite import _mobilenet_extractor
 import optimization
 import ssd
 import train
-from ssd.family import scaling_of_backbone
+from ssd.family import build, scaling_of_backbone
 
 NUM_CLASSES = 7
 # all depths of VGG, and both sizes
@@ -194,6 +194,31 @@ def test_batch_norm_that_is_frozen_keeps_its_statistics(name):
         changed = not torch.equal(layer.running_mean, before[layer_name])
         assert changed == layer.weight.requires_grad, layer_name
     assert {layer.weight.requires_grad for layer in norms.values()} == {True, False}
+
+
+class TwoConvolutions(nn.Module):
+    """As small as the contract of a backbone allows."""
+
+    out_channels = (4, 8)
+    trainable_layers = 1
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 3, stride=8), nn.Conv2d(4, 8, 3, stride=4)])
+
+    def forward(self, images):
+        feature_maps = [self.convs[0](images)]
+        return [*feature_maps, self.convs[1](feature_maps[0])]
+
+
+def test_a_new_backbone_is_its_class_and_an_entry():
+    backbone = ssd.backbones.Backbone(lambda weights, size, **settings: TwoConvolutions(), weights=None)
+    model = build(backbone, 160, num_classes=3)
+    assert len(model.default_boxes) == 6 * (20**2 + 5**2)
+    _, boxes, labels = targets_for(160)
+    losses = model.compute_loss(model(images_for(160)), boxes, labels.clamp(max=2))
+    sum(losses.values()).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
 def test_new_layers_begin_as_named():

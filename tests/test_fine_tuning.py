@@ -44,7 +44,7 @@ def train_steps(data_path, tmp_path):
 def test_a_run_keeps_what_fits_and_names_what_begins_anew(train_steps, coco_checkpoint, capsys):
     trained = train_steps("--weights", coco_checkpoint, "--lr", 1e-9)
     console = capsys.readouterr().out
-    line = re.search(rf"Kept from {coco_checkpoint}: all but (.*), which begin anew for 7 classes", console)
+    line = re.search(rf"Kept from {coco_checkpoint}: all weights but .* for 7 classes \(.*\): (.*)", console)
     anew = line[1].split(", ")
     assert len(anew) == NUM_HEAD_TENSORS
     assert all(name.startswith("head.classification_head.") for name in anew)
@@ -54,6 +54,16 @@ def test_a_run_keeps_what_fits_and_names_what_begins_anew(train_steps, coco_chec
             torch.testing.assert_close(trained["model"][name], before[name], rtol=0, atol=1e-5)
     assert trained["args"]["input_scaling"] == "caffe"  # of the checkpoint; this model's own is ImageNet's
     assert "input scaling caffe" in console
+
+
+def test_the_same_number_of_classes_keeps_all_and_says_so(train_steps, tmp_path, capsys):
+    """Where the run continues, its own checkpoint counts."""
+    weights = tmp_path / "seven.pth"
+    torch.save(ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7).state_dict(), weights)
+    train_steps("--weights", weights)
+    assert f"Kept from {weights}: all weights, for 7 classes" in capsys.readouterr().out
+    train_steps("--weights", weights, "--resume", "auto", steps=3)
+    assert "Kept from" not in capsys.readouterr().out
 
 
 def test_a_frozen_backbone_stays_as_it_was(train_steps, coco_checkpoint, capsys, tmp_path):

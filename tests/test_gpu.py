@@ -100,7 +100,19 @@ def test_batches_arrive_whole():
     assert [int(total) for total in sums] == [i * 4 * 3 * 300 * 300 for i in range(50)]
 
 
-@pytest.mark.parametrize("flags", [[], ["--amp"], ["--amp", "fp16"], ["--amp", "--compile"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--amp"],
+        ["--amp", "fp16"],
+        ["--amp", "--compile"],
+        ["--sync-bn"],
+        ["--sync-bn", "--compile"],
+        ["--model", "ssd512_vgg16"],
+        ["--model", "ssdlite320_mobilenet_v3_large", "--recipe", "ssdlite"],
+    ],
+)
 def test_training_on_a_gpu(run, data_path, tmp_path, flags):
     command = ["train.py", "--model", "ssd300_resnet18", "--weights-backbone", "none", "--batch-size", 3]
     run(*command, "--data-path", data_path, "--output-dir", tmp_path, "--max-steps", 5, "--workers", 1, *flags)

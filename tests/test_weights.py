@@ -73,6 +73,11 @@ def test_damaged_files(tmp_path):
             ssd.load_file(path)
 
 
+def test_unknown_weights_of_a_backbone():
+    with pytest.raises(ValueError, match=r"VGG16_Weights.NONE: torchvision has no weights of this name"):
+        ssd.MODELS["ssd300_vgg16"](weights_backbone="VGG16_Weights.NONE")
+
+
 def test_a_file_may_be_called_like_an_enum(tmp_path):
     model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=3)
     torch.save(model.state_dict(), tmp_path / "my_Weights.pth")
