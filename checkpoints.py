@@ -33,11 +33,15 @@ FIXED_FLAGS = (
     "momentum",
     "weight_decay",
     "norm_weight_decay",
-    "trainable_backbone_layers",
     "freeze_backbone",
+    "trainable_backbone_layers",
     "input_scaling",
 )
-TOLD_BY_CHECKPOINT = ("trainable_backbone_layers", "input_scaling")  # where the flags leave them open
+# what a checkpoint tells where the flags leave it open: how they do, and what it may be
+TOLD_BY_CHECKPOINT = {
+    "trainable_backbone_layers": (None, range(10)),
+    "input_scaling": ("default", ssd.INPUT_SCALINGS),
+}
 FREE_FLAGS = {"resume", "output_dir", "tuned_for_batch"}  # no change of them is worth a line
 KINDS = {"model": dict, "optimizer": dict, "lr_scheduler": dict, "scaler": dict, "rng": Tensor, "args": dict}
 KINDS |= {"categories": list, "num_images": int, "evaluated_step": int, "best_ap": float}
@@ -230,10 +234,13 @@ def check_flags(args: argparse.Namespace, found: Found) -> None:
         ValueError: they change what must stay as it was.
     """
     # of what the first checkpoints do not tell, as it did not exist
-    old = {"accumulate": 1, "freeze_backbone": False} | found.content["args"]
-    for name in TOLD_BY_CHECKPOINT:
-        if getattr(args, name) is None:
-            setattr(args, name, old.get(name))
+    old = {"accumulate": 1, "freeze_backbone": False, "input_scaling": "default"} | found.content["args"]
+    for name, (unset, values) in TOLD_BY_CHECKPOINT.items():
+        told = old.get(name)
+        if told not in [None, unset, *values]:
+            raise ValueError(f"{found.path}: damaged, or made by another program: it has {flag(name)} {told!r}")
+        if getattr(args, name) == unset:
+            setattr(args, name, unset if told is None else told)
     for name in FIXED_FLAGS:
         if old.get(name) != getattr(args, name):
             raise ValueError(

@@ -195,8 +195,12 @@ def describe(found: Inference, metrics: dict, seconds: float) -> str:
     return "\n".join([*lines, coco_eval.format_table(metrics)])
 
 
-def load_model(checkpoint: str, model_name: str | None) -> tuple[ssd.SSD, list[dict] | None]:
+def load_model(
+    checkpoint: str, model_name: str | None, input_scaling: str = "default"
+) -> tuple[ssd.SSD, list[dict] | None]:
     """The model of a checkpoint (ours, torchvision's, a state dict, or an enum name).
+
+    A name for ``model_name`` and an ``input_scaling`` are needed where the checkpoint does not tell.
 
     Returns:
         The model, and the classes that a checkpoint of ours tells (``CocoAnnotations.classes``), else None.
@@ -206,8 +210,13 @@ def load_model(checkpoint: str, model_name: str | None) -> tuple[ssd.SSD, list[d
     """
     content = {} if ssd.is_enum_name(checkpoint) else ssd.load_file(checkpoint)
     if "categories" in content:
-        model_name = content["args"]["model"]
-    model = ssd.MODELS[model_name or "ssd300_vgg16"](weights=checkpoint, weights_backbone=None)
+        model_name = ssd.told(content, "model")
+    elif model_name is None and ssd.is_enum_name(checkpoint):
+        model_name = checkpoint.partition("_Weights.")[0].lower()
+    model_name = model_name or "ssd300_vgg16"
+    if model_name not in list(ssd.MODELS):
+        raise ValueError(f"{checkpoint}: is of a model that is not known here, {model_name!r}")
+    model = ssd.MODELS[model_name](weights=checkpoint, weights_backbone=None, input_scaling=input_scaling)
     return model, content.get("categories")
 
 
@@ -244,7 +253,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD, list[dict] | None]:
     """``load_model`` as the flags have it, on ``device``."""
     with utils.main_first():  # so that weights are downloaded once
-        model, classes = load_model(args.checkpoint, args.model)
+        model, classes = load_model(args.checkpoint, args.model, args.input_scaling)
     return model.to(device, memory_format=torch.channels_last), classes
 
 

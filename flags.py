@@ -28,6 +28,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--on-bad-image", choices=["raise", "skip"], default="raise", help="what to do with one that cannot be read"
     )
+    data.add_argument(
+        "--input-scaling",
+        choices=["default", *ssd.INPUT_SCALINGS],
+        default="default",
+        help="of images (default: that of the weights)",
+    )
     run = parser.add_argument_group("run")
     run.add_argument("-b", "--batch-size", type=positive, help="images per process (default: %(default)s)")
     run.add_argument("-j", "--workers", type=not_negative, help="loader processes per process (default: %(default)s)")
@@ -59,7 +65,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=list(ssd.MODELS), help="default: %(default)s")
     model.add_argument("--weights", help="start from a whole model: SSD300_VGG16_Weights.COCO_V1, or a file")
-    model.add_argument("--weights-backbone", help="enum name, file or 'none' (default: ImageNet weights)")
+    model.add_argument(
+        "--weights-backbone", default="default", help="enum name, file, 'none' or 'default': ImageNet weights"
+    )
     frozen = model.add_mutually_exclusive_group()
     frozen.add_argument(
         "--trainable-backbone-layers",
@@ -68,10 +76,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     frozen.add_argument("--freeze-backbone", action="store_true", help="train the heads alone; needs --weights")
     model.add_argument(
-        "--input-scaling", choices=list(ssd.INPUT_SCALINGS), help="of images (default: that of the backbone's weights)"
-    )
-    model.add_argument(
-        "--weight-init", choices=list(ssd.WEIGHT_INITS), help="of new layers (default: xavier, of SSDlite normal)"
+        "--weight-init",
+        choices=["default", *ssd.WEIGHT_INITS],
+        default="default",
+        help="of what SSD adds to a backbone (default: xavier, of SSDlite normal)",
     )
     model.add_argument("--sync-bn", action="store_true", help="batch norm over the batches of all GPUs")
     optimization = parser.add_argument_group("optimization")
@@ -84,11 +92,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="with torch.compile, in this mode of its"
     )
     optimization.add_argument("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
+    optimization.add_argument("--lr", type=positive_number, help="for the global batch (default: %(default)s)")
     optimization.add_argument(
-        "--lr", type=positive_number, help="for the global batch; not scaled (default: %(default)s)"
-    )
-    optimization.add_argument(
-        "--scale-lr", action="store_true", help="take --lr for the recipe's global batch, and scale it to this one"
+        "--scale-lr",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="take --lr for the recipe's global batch, and scale it to this one",
     )
     optimization.add_argument(
         "--lr-warmup-epochs",

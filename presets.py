@@ -157,9 +157,9 @@ DATA_AUGMENTATION = PAPER_HYPERPARAMS.but(
 WEIGHT_INIT_AND_INPUT_SCALING = DATA_AUGMENTATION.but(
     "Xavier for new layers; the model's own weights and scaling: for VGG16 Caffe's, of 0 to 255",
     23.9,
-    weights_backbone=None,
-    input_scaling=None,
-    weight_init=None,
+    weights_backbone="default",
+    input_scaling="default",
+    weight_init="default",
 )
 LR_SCHEME = WEIGHT_INIT_AND_INPUT_SCALING.but(
     "longer, at twice the rate: torchvision's SSD300_VGG16_Weights.COCO_V1",
@@ -255,5 +255,5 @@ def as_flag(name: str, value) -> str:
     flag = "--" + name.replace("_", "-")
     if value is True:
         return flag
-    text = " ".join(map(str, value)) if isinstance(value, list) else "(the model's)" if value is None else f"{value}"
+    text = " ".join(map(str, value)) if isinstance(value, list) else f"{value}"
     return f"{flag} {text}"

@@ -213,9 +213,7 @@ def make_model(args: argparse.Namespace, num_classes: int, resumed: bool = False
     else:
         if args.freeze_backbone and args.weights in (None, "none"):
             raise ValueError("--freeze-backbone needs --weights: what SSD adds to a backbone would stay random")
-        keywords["weights"] = args.weights
-        if args.weights_backbone is not None:
-            keywords["weights_backbone"] = args.weights_backbone
+        keywords |= {"weights": args.weights, "weights_backbone": args.weights_backbone}
     model = ssd.MODELS[args.model](**keywords)
     if args.freeze_backbone:
         model.backbone.requires_grad_(False)

@@ -133,9 +133,7 @@ class CaffeIoUCrop:
     def draw_crops(self, view: View, rng: np.random.Generator) -> ndarray:
         """One crop per trial: int64 [trials, 4], xyxy. Scale and aspect ratio are relative to the view's."""
         scale = rng.uniform(self.min_scale, 1.0, self.trials)
-        ratio = rng.uniform(
-            np.maximum(1 / self.max_aspect_ratio, scale**2), np.minimum(self.max_aspect_ratio, 1 / scale**2)
-        )
+        ratio = rng.uniform(1 / self.max_aspect_ratio, self.max_aspect_ratio, self.trials).clip(scale**2, scale**-2)
         share = np.stack((scale * np.sqrt(ratio), scale / np.sqrt(ratio)), axis=1).clip(max=1.0)
         view_size = np.array([view.width, view.height])
         size = np.maximum(view_size * share, 1).astype(np.int64)

@@ -10,7 +10,7 @@ from .matcher import SSDMatcher
 from .model import INPUT_SCALINGS, SSD
 from .postprocess import NotFiniteError
 from .ssdlite import SSDLiteFeatureExtractorMobileNet
-from .weights import VERSION, is_enum_name, load_file, load_state_dict, not_finite, save_file
+from .weights import VERSION, is_enum_name, load_file, load_state_dict, not_finite, save_file, told
 
 __all__ = [
     "INPUT_SCALINGS",
@@ -33,4 +33,5 @@ __all__ = [
     "not_finite",
     "pairwise_iou",
     "save_file",
+    "told",
 ]

@@ -164,14 +164,20 @@ def make_vgg(name: str, weights: str | None, size: int, **settings) -> SSDFeatur
         prefix, state_dict = "features.", load_state_dict(weights)
         features = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         load_matching(layers, features, weights)
-    return SSDFeatureExtractorVGG(layers, highres=size == 512, **settings)
+    return SSDFeatureExtractorVGG(layers, highres=is_highres(size), **settings)
 
 
 def make_resnet(network: Callable[[], ResNet], weights: str | None, size: int, **settings) -> SSDFeatureExtractorResNet:
     resnet = network()
     if weights is not None:
         load_matching(resnet, load_state_dict(weights), weights)
-    return SSDFeatureExtractorResNet(resnet, highres=size == 512, **settings)
+    return SSDFeatureExtractorResNet(resnet, highres=is_highres(size), **settings)
+
+
+def is_highres(size: int) -> bool:
+    if size not in (300, 512):
+        raise ValueError(f"VGG and ResNet have layers for inputs of 300 and 512 pixels, not of {size}")
+    return size == 512
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ def guess_default_boxes(grid_sizes: list[tuple[int, int]]) -> DefaultBoxGenerato
     return DefaultBoxGenerator(ratios, scales=scales)
 
 
-# Caffe's models for COCO by input size; their smallest boxes are smaller than equation 4 of the paper has them.
+# Those of Caffe's models for COCO by input size, with sides limited to the image, as in torchvision. The smallest are
+# smaller than equation 4 of the paper has them.
 CAFFE_DEFAULT_BOXES = {
     300: DefaultBoxGenerator(
         [[2], [2, 3], [2, 3], [2, 3], [2], [2]],

@@ -35,7 +35,7 @@ def separable_conv3x3(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-def extra_block(in_channels: int, out_channels: int) -> nn.Sequential:
+def separable_extra_block(in_channels: int, out_channels: int) -> nn.Sequential:
     """Makes the next feature map, of half the size."""
     hidden = out_channels // 2
     return nn.Sequential(
@@ -68,7 +68,7 @@ class SSDLiteFeatureExtractorMobileNet(nn.Module):
             nn.Sequential(last_halving[1:], *layers[halving[-1] + 1 :]),
         )
         channels = [layers[-1].out_channels, 512, 256, 256, 128]
-        self.extra = nn.ModuleList(extra_block(*pair) for pair in pairwise(channels))
+        self.extra = nn.ModuleList(separable_extra_block(*pair) for pair in pairwise(channels))
         init(self.extra)
         self.out_channels = [last_halving[0].out_channels, *channels]
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import textwrap
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,9 +108,7 @@ def load_file(path: str | Path) -> dict:
 
 def has_other_default_boxes(checkpoint: dict) -> bool:
     """Whether its model was trained on default boxes that the model of this name no longer has."""
-    arguments = checkpoint.get("args")
-    is_resnet = isinstance(arguments, dict) and arguments.get("model") == "ssd300_resnet18"
-    return is_resnet and checkpoint.get("version", 1) in (1, 2)
+    return told(checkpoint, "model") == "ssd300_resnet18" and checkpoint.get("version", 1) in (1, 2)
 
 
 def refuse_compressed(stored: bytes) -> None:
@@ -138,9 +137,25 @@ def load_matching(module: nn.Module, state_dict: dict[str, Tensor], source: str)
         module.load_state_dict(state_dict)
     except RuntimeError as error:
         faults = [line.strip() for line in str(error).splitlines()[1:]]
-        raise ValueError(f"{source}: not the weights of this model: {faults[0]} ({len(faults)} faults)") from None
+        first = textwrap.shorten(faults[0], 160)
+        raise ValueError(f"{source}: not the weights of this model: {first} ({len(faults)} faults)") from None
     for name in not_finite(module.state_dict()):
         raise ValueError(f"{source}: the weight {name} is not finite; the file is of no use")
+
+
+def check_state_dict(state_dict, source: str | Path) -> None:
+    """Raises ValueError unless it has tensors by names."""
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"{source}: expected a state dict, found {type(state_dict).__name__}")
+    for name, value in state_dict.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ValueError(f"{source}: expected a state dict, but {name!r} is no name of a tensor")
+
+
+def told(content: dict, flag: str):
+    """What a checkpoint of train.py tells about a flag (its name in Python), else None."""
+    arguments = content.get("args")  # torchvision's are no dict
+    return arguments.get(flag) if isinstance(arguments, dict) else None
 
 
 def load_state_dict(source: str | Path | WeightsEnum) -> dict[str, Tensor]:
@@ -162,8 +177,7 @@ def load_weights(source: str | Path | WeightsEnum) -> dict:
         content = load_file(source)
         if "model" not in content:
             content = {"model": content}
-        if not isinstance(content["model"], dict):
-            raise ValueError(f"{source}: expected a state dict, found {type(content['model']).__name__}")
+        check_state_dict(content["model"], source)
         return content
     try:
         weights = get_weight(str(source))

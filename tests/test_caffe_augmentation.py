@@ -88,6 +88,8 @@ def test_distributions():
 def naive_crop(rng: np.random.Generator) -> tuple[float, float, int]:
     """Caffe's batch sampler on an image of 400 x 300, in its normalised coordinates, one trial after the other.
 
+    As in src/caffe/util/sampler.cpp of its author's repository (weiliu89/caffe), 4ca51d9.
+
     Returns:
         Area and aspect ratio of the crop, relative to the image's, and how many boxes have their centre in it.
     """
@@ -96,8 +98,8 @@ def naive_crop(rng: np.random.Generator) -> tuple[float, float, int]:
     for min_iou in (0.1, 0.3, 0.5, 0.7, 0.9, None):
         for _ in range(50):
             scale = rng.uniform(0.3, 1.0)
-            ratio = rng.uniform(max(0.5, scale**2), min(2.0, 1 / scale**2))
-            width, height = scale * math.sqrt(ratio), scale / math.sqrt(ratio)
+            ratio = min(max(rng.uniform(0.5, 2.0), scale**2), 1 / scale**2)
+            width, height = min(scale * math.sqrt(ratio), 1.0), min(scale / math.sqrt(ratio), 1.0)
             left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
             crop = (left, top, left + width, top + height)
             if min_iou is None or any(iou(crop, box) >= min_iou for box in boxes):

@@ -54,7 +54,10 @@ def test_one_feature_map():
 
 
 def caffe_prior_boxes(size, grids, steps, sides, ratios) -> torch.Tensor:
-    """Default boxes by the loops of Caffe's PriorBox layer: cell by cell, in float64, from sides in pixels."""
+    """Default boxes by the loops of Caffe's PriorBox layer: cell by cell, in float64, from sides in pixels.
+
+    But for widths and heights, which Caffe's models for COCO do not limit to the image, and torchvision's do.
+    """
     boxes = []
     for k, grid in enumerate(grids):
         smaller, larger = sides[k], sides[k + 1]

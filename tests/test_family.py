@@ -172,6 +172,7 @@ def test_every_member_trains_and_detects(name):
     assert totals[1] < totals[0]
     with torch.no_grad():
         detections = model.eval().postprocess_detections(model(images[:1]), torch.tensor([[30, 60]]))
+    assert len(detections[0]["boxes"]) > 0
     assert (detections[0]["boxes"] <= torch.tensor([60, 30, 60, 30])).all()
 
 
@@ -280,10 +281,65 @@ def test_weights_of_another_member_are_refused_whatever_the_classes(coco_weights
         make(name, weights=str(coco_weights), num_classes=3)
 
 
+CLASS_BIAS, BOX_BIAS = (f"head.{kind}_head.module_list.0.bias" for kind in ("classification", "regression"))
+
+
+@pytest.mark.parametrize("num_classes", [None, 91, 3])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("head.classification_head.module_list.3.bias", torch.zeros(5)),
+        ("head.classification_head.module_list.3.weight", torch.zeros(6 * 91, 7, 3, 3)),
+        (CLASS_BIAS, torch.zeros(0)),
+        (CLASS_BIAS, "text"),
+        (BOX_BIAS, torch.zeros(0)),
+        (BOX_BIAS, torch.tensor(1.0)),
+        (7, torch.zeros(1)),
+    ],
+)
+def test_damaged_weights_are_refused_whatever_the_classes(coco_weights, tmp_path, num_classes, name, value):
+    """Nothing that is damaged begins anew."""
+    path = tmp_path / "damaged.pth"
+    torch.save(torch.load(coco_weights, weights_only=True) | {name: value}, path)
+    with pytest.raises(ValueError, match=r"damaged.pth: (damaged|not the weights of|expected a state dict)") as error:
+        ssd.MODELS["ssd300_resnet18"](weights=str(path), num_classes=num_classes)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "scaling"),
+    [({"args": {"input_scaling": "caffe"}}, "imagenet"), ({"args": {"input_scaling": "imagenet"}}, "caffe")],
+)
+def test_an_input_scaling_that_contradicts_the_checkpoint(tmp_path, content, scaling):
+    content |= {"model": make("ssd300_resnet18").state_dict(), "version": ssd.VERSION}
+    ssd.save_file(content, tmp_path / "model.pth")
+    told = content["args"]["input_scaling"]
+    with pytest.raises(ValueError, match=rf"another input scaling than {scaling}; use --input-scaling {told}"):
+        make("ssd300_resnet18", weights=str(tmp_path / "model.pth"), input_scaling=scaling)
+    assert make("ssd300_resnet18", weights=str(tmp_path / "model.pth"), input_scaling=told).input_scaling == told
+
+
+def test_an_input_scaling_that_contradicts_torchvisions_weights(monkeypatch):
+    """As recipes before the fourth step of the study would have it."""
+    weights = {"model": make("ssd300_vgg16", num_classes=91).state_dict()}
+    monkeypatch.setattr(ssd.family, "load_weights", lambda source: weights)
+    settings = {"weights": "SSD300_VGG16_Weights.COCO_V1", "num_classes": 3}
+    with pytest.raises(ValueError, match="use --input-scaling caffe"):
+        ssd.MODELS["ssd300_vgg16"](input_scaling="imagenet", **settings)
+    assert ssd.MODELS["ssd300_vgg16"](**settings).input_scaling == "caffe"
+
+
+def test_a_size_without_layers():
+    with pytest.raises(ValueError, match="300 and 512 pixels, not of 400"):
+        build(ssd.backbones.BACKBONES["resnet18"], 400, weights_backbone=None)
+
+
 def test_a_checkpoint_with_an_unknown_input_scaling(tmp_path):
     content = {"model": make("ssd300_resnet18").state_dict(), "args": {"input_scaling": ["caffe"]}}
     ssd.save_file(content | {"version": ssd.VERSION}, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=r"model.pth: was trained with an unknown input scaling, \['caffe'\]"):
+    with pytest.raises(
+        ValueError, match=r"model.pth: damaged: it was trained with an unknown input scaling, \['caffe'\]"
+    ):
         ssd.MODELS["ssd300_resnet18"](weights=str(tmp_path / "model.pth"))
 
 

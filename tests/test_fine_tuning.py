@@ -88,6 +88,57 @@ def test_a_frozen_backbone_stays_as_it_was(train_steps, coco_checkpoint, capsys,
     assert evaluate.load_model(str(tmp_path / "checkpoint.pth"), None)[0].input_scaling == "caffe"
 
 
+def test_a_recipe_does_not_scale_what_was_trained_otherwise(train_steps, coco_checkpoint):
+    with pytest.raises(ValueError, match="another input scaling than imagenet; use --input-scaling caffe"):
+        train_steps("--recipe", "baseline", "--weights", coco_checkpoint)
+
+
+def test_a_state_dict_is_evaluated_with_the_scaling_that_is_named(data_path, tmp_path, coco_checkpoint, capsys):
+    """It gives the detections of the checkpoint, which knows; by evaluate.py, and by train.py --test-only."""
+    state_dict = torch.load(coco_checkpoint, weights_only=True)["model"]
+    torch.save(state_dict, tmp_path / "bare.pth")
+    flags = ["--dataset", "shapes", "--data-path", data_path, "--workers", 0, "--device", "cpu", "--batch-size", 4]
+    models = {}
+    for name, source, more in (
+        ("told", coco_checkpoint, []),
+        ("named", tmp_path / "bare.pth", ["--input-scaling", "caffe"]),
+        ("default", tmp_path / "bare.pth", []),
+    ):
+        arguments = ["--checkpoint", source, "--model", "ssd300_resnet18", *flags, *more]
+        args = evaluate.get_args_parser().parse_args([str(part) for part in arguments])
+        models[name] = evaluate.open_model(args, torch.device("cpu"))[0].input_scaling
+    assert models == {"told": "caffe", "named": "caffe", "default": "imagenet"}
+    seven = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7)
+    torch.save(seven.state_dict(), tmp_path / "seven.pth")
+    found = []
+    for scaling in ("imagenet", "caffe"):
+        arguments = ["--test-only", "--weights", tmp_path / "seven.pth", "--model", "ssd300_resnet18", *flags]
+        arguments += ["--input-scaling", scaling, "--output-dir", tmp_path / scaling]
+        train.test_only(train.parse_args([str(part) for part in arguments]))
+        found.append((tmp_path / scaling / "detections.json").read_text())
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    "args", [None, {}, {"model": "ssd9000"}, {"model": ["ssd300_resnet18"]}, ["ssd300_resnet18"]], ids=str
+)
+def test_a_checkpoint_of_an_unknown_model(tmp_path, args):
+    state_dict = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=2).state_dict()
+    content = {"model": state_dict, "categories": [], "version": ssd.VERSION, "args": args}
+    ssd.save_file(content, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"odd.pth: (is of a model that is not known|not the weights of this model)"):
+        evaluate.load_model(str(tmp_path / "odd.pth"), None)
+
+
+@pytest.mark.parametrize("name", ["SSD300_VGG16_Weights.COCO_V1", "SSDLite320_MobileNet_V3_Large_Weights.COCO_V1"])
+def test_torchvisions_weights_name_their_model(monkeypatch, name):
+    built = []
+    for model in ssd.MODELS:
+        monkeypatch.setitem(ssd.MODELS, model, lambda model=model, **settings: built.append(model))
+    evaluate.load_model(name, None)
+    assert built == [name.split("_Weights")[0].lower()]
+
+
 @pytest.mark.parametrize("flags", [[], ["--weights", "none"]])
 def test_a_frozen_backbone_needs_weights(train_steps, flags):
     with pytest.raises(ValueError, match="--freeze-backbone needs --weights"):

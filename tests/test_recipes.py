@@ -1,6 +1,7 @@
 """Each recipe builds what it names, and differs from the one before in that alone."""
 
 import bisect
+import math
 import re
 
 import pytest
@@ -35,14 +36,13 @@ def built():
         (group,) = optimizer.param_groups
         factor = optimization.lr_schedule(args, STEPS_PER_EPOCH)
         preset = presets.DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
-        fc6 = model.backbone.extra[0][-1][1] if "vgg" in args.model else None
         return {
             "size and boxes": (model.size, len(model.default_boxes)),
             "weights": list(loaded),
             "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
             "scaling": (model.image_mean.flatten().tolist(), model.image_std.flatten().tolist()),
-            "init": None if fc6 is None else "pytorch" if fc6.bias.any() else "xavier",
-            "augmentation": [type(one).__name__ for one in (*preset.geometric, preset.photometric) if one],
+            "init": [weight_init(layer) for layer in new_layers(model)],
+            "augmentation": [(type(one).__name__, vars(one)) for one in (*preset.geometric, preset.photometric) if one],
             "optimizer": (type(optimizer), group.get("momentum"), group.get("nesterov")),
             "weight decay": group["weight_decay"],
             "images per step": optimization.global_batch(args),
@@ -51,7 +51,27 @@ def built():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssd.backbones, "load_state_dict", random_weights)
-        yield {name: build(name) for name in presets.RECIPES if name != "demo"}
+        yield {name: build(name) for name in presets.RECIPES}
+
+
+def new_layers(model: ssd.SSD) -> list[nn.Conv2d]:
+    """A large layer of each part that SSD adds: of the backbone, and of both heads."""
+    heads = (model.head.classification_head, model.head.regression_head)
+    return [
+        max((layer for layer in part.modules() if isinstance(layer, nn.Conv2d)), key=lambda layer: layer.weight.numel())
+        for part in (model.backbone.extra[-1], *heads)
+    ]
+
+
+def weight_init(layer: nn.Conv2d) -> str:
+    """What it was initialised by, from its biases and the spread of its weights."""
+    size = layer.kernel_size[0] ** 2
+    fan_in, fan_out = layer.in_channels * size, layer.out_channels * size
+    deviations = {"xavier": math.sqrt(2 / (fan_in + fan_out)), "pytorch": math.sqrt(1 / (3 * fan_in)), "normal": 0.03}
+    name = min(deviations, key=lambda name: abs(deviations[name] - layer.weight.std().item()))
+    assert layer.weight.std().item() == pytest.approx(deviations[name], rel=0.02)
+    assert layer.bias is None or bool(layer.bias.any()) == (name == "pytorch")
+    return name
 
 
 def differences(one: dict, other: dict) -> set[str]:
@@ -116,26 +136,61 @@ def test_the_rate_of_ssdlite_is_a_cosine(built):
 def test_models_and_inputs(built):
     torchvision, caffe = ["VGG16_Weights.IMAGENET1K_V1"], ["VGG16_Weights.IMAGENET1K_FEATURES"]
     conv1 = [f"backbone.features.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")]
-    photometric = {name: one["augmentation"][-1] for name, one in built.items()}
+    transforms = {name: [kind for kind, _ in one["augmentation"]] for name, one in built.items()}
     for name in STUDY:
         is_late = name in STUDY[3:]
         assert built[name]["size and boxes"] == (300, 8732)
         assert built[name]["frozen"] == conv1
         assert built[name]["weights"] == (caffe if is_late else torchvision)
-        assert built[name]["init"] == ("xavier" if is_late else "pytorch")
+        assert built[name]["init"] == ["xavier" if is_late else "pytorch"] * 3
         mean, std = built[name]["scaling"]
         assert mean == pytest.approx([123, 117, 104] if is_late else [123.675, 116.28, 103.53], abs=0.01)
         assert std == pytest.approx([1, 1, 1] if is_late else [58.395, 57.12, 57.375])
     for name in STUDY[:2]:
-        assert built[name]["augmentation"] == ["RandomHorizontalFlip"]
+        assert transforms[name] == ["RandomHorizontalFlip"]
     geometric = ["RandomZoomOut", "RandomIoUCrop", "RandomHorizontalFlip"]
     for name in STUDY[2:]:
-        assert built[name]["augmentation"] == [*geometric, "RandomPhotometricDistort"]
-    assert built["caffe"]["augmentation"] == [geometric[0], "CaffeIoUCrop", geometric[2], "CaffePhotometricDistort"]
+        assert transforms[name] == [*geometric, "RandomPhotometricDistort"]
+    assert transforms["caffe"] == [geometric[0], "CaffeIoUCrop", geometric[2], "CaffePhotometricDistort"]
     assert built["caffe"]["frozen"] == []
-    assert photometric["ssdlite"] == "RandomHorizontalFlip"
+    assert transforms["ssdlite"] == ["RandomIoUCrop", "RandomHorizontalFlip"]
+    assert built["ssdlite"]["init"] == ["normal"] * 3
     assert built["ssdlite"]["size and boxes"] == (320, 3234)
     assert built["ssdlite"]["weights"] == []
+    assert transforms["demo"] == ["RandomHorizontalFlip"]
+
+
+def test_constants_of_the_transforms(built):
+    """Those of a pipeline by themselves are shown elsewhere; these are the defaults that recipes take."""
+    (_, zoom_out), (_, crop), (_, flip), (_, distort) = built["lr_scheme"]["augmentation"]
+    assert zoom_out == {"max_ratio": 4.0, "p": 0.5}
+    assert crop["min_ious"] == (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+    assert (crop["min_scale"], crop["max_aspect_ratio"], crop["trials"]) == (0.3, 2.0, 40)
+    assert flip == {"p": 0.5}
+    assert distort["p"] == 0.5
+    assert distort["ranges"] == {
+        "brightness": (0.875, 1.125),
+        "contrast": (0.5, 1.5),
+        "saturation": (0.5, 1.5),
+        "hue": (-0.05, 0.05),
+    }
+    (_, zoom_out), (_, crop), (_, flip), (_, distort) = built["caffe"]["augmentation"]
+    assert zoom_out == {"max_ratio": 4.0, "p": 0.5}
+    assert set(crop["min_ious"]) == {0.0, 0.1, 0.3, 0.5, 0.7, 0.9}
+    assert (crop["min_scale"], crop["max_aspect_ratio"], crop["trials"]) == (0.3, 2.0, 50)
+    assert (flip, distort["p"]) == ({"p": 0.5}, 0.5)
+    assert distort["ranges"] == {
+        "brightness": (-32, 32),
+        "contrast": (0.5, 1.5),
+        "saturation": (0.5, 1.5),
+        "hue": (-0.1, 0.1),
+    }
+
+
+def test_the_demo_is_tuned_for_its_own_batch():
+    args = train.parse_args(["--recipe", "demo"])
+    assert (args.batch_size, args.tuned_for_batch, args.epochs, args.lr_steps) == (4, 4, 5, [4])
+    assert (args.dataset, args.model, args.opt, args.lr) == ("shapes", "ssd300_resnet18", "adamw", 0.001)
 
 
 def test_the_list_has_every_recipe_with_its_published_map(capsys):
@@ -149,10 +204,29 @@ def test_the_list_has_every_recipe_with_its_published_map(capsys):
     assert "--lr-steps 53 73" in table
 
 
-def test_flags_shown_by_the_list_make_a_recipe_of_its_neighbour(capsys):
+@pytest.mark.parametrize(
+    ("name", "based_on"),
+    [
+        *zip(STUDY[1:], STUDY, strict=False),
+        ("two_thirds", "lr_scheme"),
+        ("caffe", "lr_scheme"),
+        ("large_batch", "lr_scheme"),
+        ("baseline", "lr_scheme"),
+        ("ssdlite", "lr_scheme"),
+        ("demo", "lr_scheme"),
+    ],
+)
+def test_flags_shown_by_the_list_make_a_recipe_of_its_neighbour(capsys, name, based_on):
     """What it prints under a name can be typed."""
     with pytest.raises(SystemExit):
         train.parse_args(["--recipe", "list"])
-    shown = re.search(r"^large_batch.*\n((?: {37}.*\n)+)", capsys.readouterr().out, re.MULTILINE)[1].split()
-    typed, named = (vars(train.parse_args(flags)) for flags in (shown, ["--recipe", "large_batch"]))
-    assert {name for name in typed if typed[name] != named[name]} == {"recipe"}
+    shown = re.search(rf"^{name} .*\n((?: {{37}}.*\n)+)", capsys.readouterr().out, re.MULTILINE)[1].split()
+    typed, named = (vars(train.parse_args(flags)) for flags in (["--recipe", based_on, *shown], ["--recipe", name]))
+    assert {key for key in typed if typed[key] != named[key]} <= {"recipe", "tuned_for_batch"}
+
+
+def test_what_a_recipe_turns_on_can_be_turned_off():
+    assert train.parse_args(["--recipe", "large_batch"]).scale_lr
+    assert not train.parse_args(["--recipe", "large_batch", "--no-scale-lr"]).scale_lr
+    args = train.parse_args(["--recipe", "baseline", "--weights-backbone", "default", "--input-scaling", "default"])
+    assert (args.weights_backbone, args.input_scaling) == ("default", "default")

@@ -108,7 +108,7 @@ def test_defaults_are_the_published_recipe():
     args = train.parse_args([])
     assert (args.model, args.epochs, args.lr, args.batch_size) == ("ssd300_vgg16", 120, 0.002, 4)
     assert (args.momentum, args.weight_decay, args.lr_steps, args.lr_gamma) == (0.9, 0.0005, [80, 110], 0.1)
-    assert (args.data_augmentation, args.weights_backbone, args.dataset) == ("ssd", None, "coco")
+    assert (args.data_augmentation, args.weights_backbone, args.dataset) == ("ssd", "default", "coco")
 
 
 @pytest.mark.parametrize("room", ALLOWED_IMPORTS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 
+import ssd
 import train
 
 STEPS_PER_EPOCH = 4  # of 3 images; all 12 of the tiny set have boxes
@@ -198,6 +199,23 @@ def test_a_checkpoint_with_other_default_boxes_does_not_continue(train_to, tmp_p
     torch.save(load(first_step) | {"version": 1}, tmp_path / "old.pth")
     with pytest.raises(ValueError, match=r"old.pth: made by an older version, whose ssd300_resnet18 had other default"):
         train_to(2, tmp_path, "--resume", tmp_path / "old.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("input_scaling", "foo"),
+        ("input_scaling", ["caffe"]),
+        ("trainable_backbone_layers", "x"),
+        ("trainable_backbone_layers", 2.5),
+    ],
+)
+def test_flags_of_a_checkpoint_that_make_no_sense(train_to, tmp_path, first_step, name, value):
+    content = load(first_step)
+    content["args"][name] = value
+    ssd.save_file(content, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=rf"odd.pth: damaged, .* it has --{name.replace('_', '-')} "):
+        train_to(2, tmp_path, "--workers", 0, "--resume", tmp_path / "odd.pth")
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_and_set_aside(train_to, tmp_path, capsys):
