@@ -161,7 +161,7 @@ def test_every_member_trains_and_detects(name):
     assert all(parameter.requires_grad for parameter in model.parameters())
     images = images_for(model.size)[: 1 if model.size == 512 else 2]
     _, boxes, labels = targets_for(model.size)
-    optimizer = optimization.make_optimizer(train.parse_args(["--opt", "adamw", "--lr", "1e-4"]), model)
+    optimizer = optimization.make_optimizer(train.parse_args(["--opt", "adamw", "--lr", "1e-5"]), model)
     totals = []
     for _ in range(2):
         totals.append(sum(model.compute_loss(model(images), boxes[: len(images)], labels[: len(images)]).values()))
