@@ -268,6 +268,13 @@ def test_another_number_of_classes_keeps_all_but_the_scores(coco_weights):
     assert bias.shape == (4 * 3,)
 
 
+def test_of_separable_heads_only_what_scores_classes_begins_anew(tmp_path):
+    torch.save(make("ssdlite320_mobilenet_v3_large", num_classes=91).state_dict(), tmp_path / "coco.pth")
+    model = make("ssdlite320_mobilenet_v3_large", weights=str(tmp_path / "coco.pth"), num_classes=3)
+    scoring = [f"head.classification_head.module_list.{i}.1.{part}" for i in range(6) for part in ("weight", "bias")]
+    assert model.initialised_anew == scoring
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_classes": 91}])
 def test_the_same_number_of_classes_keeps_everything(coco_weights, settings):
     model = ssd.MODELS["ssd300_resnet18"](weights=str(coco_weights), **settings)
