@@ -137,10 +137,12 @@ def load_fitting(model: SSD, content: dict, source: str) -> list[str]:
     own, state_dict = model.state_dict(), content["model"]
     num_classes = count_classes(state_dict, source)
     anew = {}
-    for name, value in own.items() if num_classes != model.num_classes else ():
-        is_scores = name.startswith(CLASSIFICATION_HEAD) and name in state_dict
-        if is_scores and state_dict[name].shape == (len(value) * num_classes // model.num_classes, *value.shape[1:]):
-            anew[name] = value
+    for name, value in own.items():
+        saved = state_dict.get(name)
+        if name.startswith(CLASSIFICATION_HEAD) and saved is not None and value.dim() and saved.shape != value.shape:
+            of_other_classes = (len(value) // model.num_classes * num_classes, *value.shape[1:])
+            if saved.shape == of_other_classes:  # else it is damaged, and will not load
+                anew[name] = value
     model_name = told(content, "model")
     load_matching(model, state_dict | anew, f"{source} (of {model_name})" if model_name else source)
     return list(anew)
