@@ -85,10 +85,10 @@ class CaffePhotometricDistort:
         """Distorts each image of [B, 3, H, W] (0 to 255) with its own ``parameters``, [B] each."""
         factor = {name: value.view(-1, 1, 1, 1) for name, value in parameters.items()}
         images = (images + factor["brightness"]).clamp(0, 255)
-        images = (images * factor["contrast_before"]).clamp(0, 255)
+        images = mix(images, 0, factor["contrast_before"])
         images = scale_saturation(images, factor["saturation"])
         images = shift_hue(images, factor["hue"])
-        return (images * factor["contrast_after"]).clamp(0, 255)
+        return mix(images, 0, factor["contrast_after"])
 
 
 def draw_factors(
@@ -106,7 +106,7 @@ def adjust_brightness(images: Tensor, factor: Tensor | float) -> Tensor:
     return (images * factor).clamp(0, 255)
 
 
-def mix(images: Tensor, other: Tensor, factor: Tensor | float) -> Tensor:
+def mix(images: Tensor, other: Tensor | float, factor: Tensor | float) -> Tensor:
     """Moves ``images`` away from ``other`` (factor > 1) or towards it (factor < 1)."""
     return (other + factor * (images - other)).clamp(0, 255)
 
@@ -117,19 +117,23 @@ def to_grey(images: Tensor) -> Tensor:
     return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
 
 
-def scale_saturation(images: Tensor, factor: Tensor | float) -> Tensor:
-    """Multiplies the saturation of the HSV model, up to the full one."""
-    value = images.amax(1, keepdim=True)  # [B, 1, H, W]
-    chroma = value - images.amin(1, keepdim=True)
+def value_and_chroma(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the HSV model: [B, 1, H, W] each."""
+    value = images.amax(1, keepdim=True)
+    return value, value - images.amin(1, keepdim=True)
+
+
+def scale_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiplies the saturation of the HSV model by ``factor`` [B, 1, 1, 1], up to the full one."""
+    value, chroma = value_and_chroma(images)
     full = value / torch.where(chroma > 0, chroma, 1)
-    return value - torch.minimum(torch.as_tensor(factor).expand_as(full), full) * (value - images)
+    return mix(images, value, torch.minimum(factor, full))
 
 
 def shift_hue(images: Tensor, shift: Tensor | float) -> Tensor:
     """Turns the hue by ``shift`` full turns, at the same saturation and value of the HSV model."""
     red, green, blue = images.unbind(1)
-    value = images.amax(1, keepdim=True)  # [B, 1, H, W]
-    chroma = value - images.amin(1, keepdim=True)
+    value, chroma = value_and_chroma(images)
     divisor = torch.where(chroma > 0, chroma, 1).squeeze(1)
     hue = torch.where(
         red == value.squeeze(1),

@@ -29,6 +29,11 @@ class View:
     height: int
     flipped: bool = False
 
+    def cropped(self, crop: ndarray) -> "View":
+        """What ``crop`` [4], xyxy in pixels of the source image, leaves of it."""
+        left, top, right, bottom = crop.tolist()
+        return replace(self, left=left, top=top, width=right - left, height=bottom - top)
+
 
 class RandomZoomOut:
     """Makes objects smaller: the view becomes up to ``max_ratio`` times as wide and high, the image anywhere in it."""
@@ -76,18 +81,14 @@ class RandomIoUCrop:
             fits = (np.where(has_center, iou, -1.0).max(axis=1) >= min_iou) & self.is_valid(crops)
             if fits.any():
                 first = fits.argmax()
-                left, top, right, bottom = crops[first].tolist()
-                view = replace(view, left=left, top=top, width=right - left, height=bottom - top)
-                return view, boxes[has_center[first]], labels[has_center[first]]
+                return view.cropped(crops[first]), boxes[has_center[first]], labels[has_center[first]]
         return view, boxes, labels
 
     def draw_crops(self, view: View, rng: np.random.Generator) -> ndarray:
         """One crop per trial: int64 [trials, 4], xyxy."""
-        view_size = np.array([view.width, view.height])
-        size = (view_size * rng.uniform(self.min_scale, 1.0, (self.trials, 2))).astype(np.int64)
-        offset = ((view_size - size) * rng.random((self.trials, 2))).astype(np.int64)
-        start = offset + np.array([view.left, view.top])
-        return np.concatenate((start, start + size), axis=1)
+        share = rng.uniform(self.min_scale, 1.0, (self.trials, 2))
+        size = (np.array([view.width, view.height]) * share).astype(np.int64)
+        return place_anywhere(size, view, rng)
 
     def is_valid(self, crops: ndarray) -> ndarray:
         """Which crops [N, 4] have an area and an allowed aspect ratio: bool [N]."""
@@ -127,19 +128,15 @@ class CaffeIoUCrop:
         if choice == len(found):
             return view, boxes, labels
         crop, kept = found[choice]
-        left, top, right, bottom = crop.tolist()
-        return replace(view, left=left, top=top, width=right - left, height=bottom - top), boxes[kept], labels[kept]
+        return view.cropped(crop), boxes[kept], labels[kept]
 
     def draw_crops(self, view: View, rng: np.random.Generator) -> ndarray:
         """One crop per trial: int64 [trials, 4], xyxy. Scale and aspect ratio are relative to the view's."""
         scale = rng.uniform(self.min_scale, 1.0, self.trials)
         ratio = rng.uniform(1 / self.max_aspect_ratio, self.max_aspect_ratio, self.trials).clip(scale**2, scale**-2)
         share = np.stack((scale * np.sqrt(ratio), scale / np.sqrt(ratio)), axis=1).clip(max=1.0)
-        view_size = np.array([view.width, view.height])
-        size = np.maximum(view_size * share, 1).astype(np.int64)
-        offset = ((view_size - size) * rng.random((self.trials, 2))).astype(np.int64)
-        start = offset + np.array([view.left, view.top])
-        return np.concatenate((start, start + size), axis=1)
+        size = np.maximum(np.array([view.width, view.height]) * share, 1).astype(np.int64)
+        return place_anywhere(size, view, rng)
 
 
 class RandomHorizontalFlip:
@@ -150,6 +147,13 @@ class RandomHorizontalFlip:
         if rng.random() < self.p:
             view = replace(view, flipped=not view.flipped)
         return view, boxes, labels
+
+
+def place_anywhere(size: ndarray, view: View, rng: np.random.Generator) -> ndarray:
+    """A crop of each ``size``, int64 [N, 2], width and height, at a random place in ``view``: int64 [N, 4], xyxy."""
+    offset = ((np.array([view.width, view.height]) - size) * rng.random(size.shape)).astype(np.int64)
+    start = offset + np.array([view.left, view.top])
+    return np.concatenate((start, start + size), axis=1)
 
 
 def overlaps(crops: ndarray, boxes: ndarray) -> tuple[ndarray, ndarray]:

@@ -5,7 +5,7 @@ channels of each map; and ``trainable_layers``, how many of its blocks train. Gr
 of the family are derived from it and from its entry in ``BACKBONES``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -78,11 +78,8 @@ class SSDFeatureExtractorVGG(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.features(images)
         # in float32 under autocast too: the squares of 512 channels are summed
-        feature_maps = [self.scale_weight.view(1, -1, 1, 1) * F.normalize(x.float())]
-        for block in self.extra:
-            x = block(x)
-            feature_maps.append(x)
-        return feature_maps
+        first = self.scale_weight.view(1, -1, 1, 1) * F.normalize(x.float())
+        return [first, *outputs_of(self.extra, x)]
 
 
 class SSDFeatureExtractorResNet(nn.Module):
@@ -122,11 +119,16 @@ class SSDFeatureExtractorResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.features(images)
-        feature_maps = [x]
-        for block in self.extra:
-            x = block(x)
-            feature_maps.append(x)
-        return feature_maps
+        return [x, *outputs_of(self.extra, x)]
+
+
+def outputs_of(blocks: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """What each of ``blocks`` makes of the output of the one before."""
+    outputs = []
+    for block in blocks:
+        x = block(x)
+        outputs.append(x)
+    return outputs
 
 
 def extra_block(in_channels, hidden_channels, out_channels, kernel_size=3, norm=False, **last_conv) -> nn.Sequential:

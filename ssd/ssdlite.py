@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large
 from torchvision.ops import Conv2dNormActivation
 
-from .backbones import Backbone, Init, freeze_first_blocks
+from .backbones import Backbone, Init, freeze_first_blocks, outputs_of
 from .default_boxes import DefaultBoxGenerator
 from .initialisation import normal_init
 from .weights import load_matching, load_state_dict
@@ -73,11 +73,7 @@ class SSDLiteFeatureExtractorMobileNet(nn.Module):
         self.out_channels = [last_halving[0].out_channels, *channels]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x, feature_maps = images, []
-        for block in (*self.features, *self.extra):
-            x = block(x)
-            feature_maps.append(x)
-        return feature_maps
+        return outputs_of((*self.features, *self.extra), images)
 
 
 def has_stride(module: nn.Module) -> bool:
