@@ -105,15 +105,18 @@ class TrainingState:
     def load_state_dict(self, checkpoint: dict) -> None:
         """Continues from ``checkpoint``, with the learning rates of this run's flags, and its way to compute a step."""
         base_lrs = self.lr_scheduler.base_lrs
-        is_fused = [group["fused"] for group in self.optimizer.param_groups]
         self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        # Said before PyTorch loads the state, since that decides by it on which device AdamW counts its steps.
+        groups = [
+            saved | {"fused": own["fused"]}
+            for saved, own in zip(checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
         self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"] | {"base_lrs": base_lrs})
-        for group, fused, base_lr, factor in zip(
-            self.optimizer.param_groups, is_fused, base_lrs, self.lr_scheduler.lr_lambdas, strict=True
+        for group, base_lr, factor in zip(
+            self.optimizer.param_groups, base_lrs, self.lr_scheduler.lr_lambdas, strict=True
         ):
             group["lr"] = base_lr * factor(self.global_step)
-            group["fused"] = fused
         if checkpoint["scaler"]:  # empty without fp16
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.evaluated_step = checkpoint["evaluated_step"]

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from training_state import TrainingState
+import optimization
+import train
+from training_state import TrainingState, copy_to_host
 
 
 class OneBuffer(torch.autograd.Function):
@@ -32,28 +34,49 @@ def test_gradients_are_added_also_where_they_come_in_the_same_memory():
         torch.testing.assert_close(before - model.weight.detach(), torch.full((1, 3), 11.0))
 
 
-def make_state(fused: bool) -> TrainingState:
+PRECISIONS = {"none": [], "bf16": ["--amp", "bf16"], "fp16": ["--amp", "fp16"]}
+
+
+def make_state(opt: str = "sgd", precision: str = "none") -> TrainingState:
+    """As train.py makes it, of a model with three weights."""
+    args = train.parse_args(["--opt", opt, "--lr", "1.0", "--weight-decay", "0", *PRECISIONS[precision]])
+    args.world_size = 1
     model = torch.nn.Linear(3, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, fused=fused)
+    optimizer = optimization.make_optimizer(args, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    return TrainingState(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), steps_per_epoch=9)
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+    return TrainingState(model, optimizer, schedule, scaler, steps_per_epoch=9)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_resumed_run_computes_its_steps_in_its_own_way(fused):
-    """The checkpoint may be of another precision, where steps are fused or not."""
-    old, new = make_state(not fused), make_state(fused)
-    for state in (old, new):
-        state.add_gradients(state.model(torch.ones(3)).sum())
+def take_steps(state: TrainingState, number: int) -> None:
+    for factor in range(1, number + 1):
+        state.add_gradients((state.model.weight * factor).sum())
         state.update()
-        new.load_state_dict(old.state_dict())
-    assert [group["fused"] for group in new.optimizer.param_groups] == [fused]
-    new.add_gradients(new.model(torch.ones(3)).sum())
-    new.update()
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize("new_precision", PRECISIONS)
+@pytest.mark.parametrize("old_precision", PRECISIONS)
+def test_a_resumed_run_computes_its_steps_in_its_own_way(opt, old_precision, new_precision):
+    """The checkpoint may be of another precision, where steps are fused or not; PyTorch is told before it loads."""
+    old, new, other = (make_state(opt, precision) for precision in (old_precision, new_precision, old_precision))
+    own_way = new.optimizer.param_groups[0]["fused"]
+    assert own_way == (new_precision != "fp16")
+    seen = []
+    new.optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["param_groups"][0]["fused"]))
+    take_steps(old, 3)
+    checkpoint = copy_to_host(old.state_dict())
+    new.load_state_dict(checkpoint)
+    assert seen == [own_way] == [new.optimizer.param_groups[0]["fused"]]
+    assert checkpoint["optimizer"]["param_groups"][0]["fused"] == (old_precision != "fp16")
+    other.load_state_dict(copy_to_host(old.state_dict()))
+    take_steps(new, 2)
+    take_steps(other, 2)
+    torch.testing.assert_close(new.model.weight, other.model.weight, rtol=1e-6, atol=0)
 
 
 def test_a_step_tells_the_norm_of_its_gradients():
-    state = make_state(fused=False)
+    state = make_state()
     state.add_gradients((state.model.weight * torch.tensor([[3.0, 0.0, 4.0]])).sum())
     assert state.update().item() == 5
 
