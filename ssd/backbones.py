@@ -77,9 +77,9 @@ class SSDFeatureExtractorVGG(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.features(images)
-        # in float32 under autocast too: the squares of 512 channels are summed
+        # in float32 under autocast too, as the squares of 512 channels are summed; both heads would round it anew
         first = self.scale_weight.view(1, -1, 1, 1) * F.normalize(x.float())
-        return [first, *outputs_of(self.extra, x)]
+        return [first.to(x.dtype), *outputs_of(self.extra, x)]
 
 
 class SSDFeatureExtractorResNet(nn.Module):

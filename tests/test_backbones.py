@@ -24,6 +24,14 @@ def test_contract(make):
     assert [feature_map.shape[1] for feature_map in maps] == backbone.out_channels
 
 
+def test_all_maps_have_the_precision_of_the_convolutions():
+    """Else both heads would round the first one, which is computed in float32, for themselves."""
+    backbone = make_vgg().eval()
+    for enabled, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert {one.dtype for one in backbone(torch.rand(1, 3, 300, 300))} == {expected}
+
+
 def test_the_first_map_of_vgg_is_normalised_and_scaled():
     backbone = make_vgg()
     with torch.no_grad():
