@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler, default_collate
@@ -274,15 +275,21 @@ class EpochBatchSampler(Sampler):
 
 
 def collate(samples: list[dict], num_slots: int = 0) -> dict:
-    """Stacks samples; boxes and labels are padded to [B, G, 4] and [B, G], where label 0 marks an empty slot.
+    """Stacks samples; ``objects``, float32 [B, G, 5], holds their boxes and labels, where label 0 marks an empty slot.
 
     G is the largest number of boxes, or ``num_slots`` if that is more: a constant number lets every batch have the
-    same shapes, so that a step is compiled once.
+    same shapes, so that a step is compiled once. Image ids, which no device needs, stay a list.
+
+    To take over a tensor from a worker costs a process more time than what is in it (``benchmarks/handover.py``), so a
+    batch has few of them.
     """
-    padded = {key: [sample.pop(key) for sample in samples] for key in ("boxes", "labels")}
-    batch = default_collate(samples)
-    for key, tensors in padded.items():
-        slots = pad_sequence(tensors, batch_first=True)
-        missing = max(num_slots - slots.shape[1], 0)
-        batch[key] = F.pad(slots, [0, 0] * (slots.dim() - 2) + [0, missing])
-    return batch
+    objects = [torch.column_stack((sample.pop("boxes"), sample.pop("labels"))) for sample in samples]
+    image_ids = [sample.pop("image_id") for sample in samples]
+    slots = pad_sequence(objects, batch_first=True)
+    missing = max(num_slots - slots.shape[1], 0)
+    return default_collate(samples) | {"objects": F.pad(slots, (0, 0, 0, missing)), "image_id": image_ids}
+
+
+def split_objects(objects: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes, float32 [B, G, 4], and labels, int64 [B, G], of ``objects`` [B, G, 5] as ``collate`` makes them."""
+    return objects[..., :4], objects[..., 4].long()

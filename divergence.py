@@ -22,7 +22,7 @@ class StepNumbers:
     step: int
     batches: list[dict]
     loss_names: list[str]
-    values: Tensor  # on the host, once ``arrived``: the losses of each batch in turn, then the norm
+    values: Tensor  # on the host, once they ``arrived``: the losses of each batch in turn, then the norm
     arrived: torch.cuda.Event | None
 
     @property
@@ -49,6 +49,7 @@ class Divergence:
     def __init__(self, output_dir: Path):
         self.output_dir = output_dir
         self.pending: deque[StepNumbers] = deque()
+        self.free_rows: list[Tensor] = []  # of the host's memory, for the numbers of one step each
         self.found: StepNumbers | None = None
 
     def add(
@@ -56,13 +57,16 @@ class Divergence:
     ) -> None:
         """Takes the batches of a step with the losses of each, and the norm of its gradients."""
         values = torch.cat([*losses, gradient_norm.view(1)])
+        if not self.free_rows:
+            # For many steps at once: to get pinned memory, the host may have to wait for the device.
+            rows = torch.empty(MAX_PENDING + 1, len(values), pin_memory=values.is_cuda)
+            self.free_rows += rows.unbind()
+        on_host = self.free_rows.pop().copy_(values, non_blocking=True)
         arrived = None
         if values.is_cuda:
-            on_host = torch.empty_like(values, device="cpu", pin_memory=True)
-            values = on_host.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.pending.append(StepNumbers(step, batches, loss_names, values, arrived))
+        self.pending.append(StepNumbers(step, batches, loss_names, on_host, arrived))
 
     def vote(self, wait: bool = False) -> int:
         """``NOT_FINITE`` if a number is not.
@@ -74,7 +78,9 @@ class Divergence:
             if not (wait or self.pending[0].have_arrived or len(self.pending) > MAX_PENDING):
                 break
             numbers = self.pending.popleft()
-            if not numbers.are_finite():
+            if numbers.are_finite():
+                self.free_rows.append(numbers.values)
+            else:
                 self.found = numbers
         return 0 if self.found is None else NOT_FINITE
 
@@ -114,5 +120,5 @@ class Divergence:
             where = f"kept in {path}"
         except OSError as error:
             where = f"{path} could not be written: {error.strerror}"
-        image_ids = [image_id for batch in batches for image_id in batch["image_id"].tolist()]
+        image_ids = [image_id for batch in batches for image_id in batch["image_id"]]
         return numbers.step, not bad, f"{fault}, images {image_ids} ({where})"

@@ -78,16 +78,16 @@ def detect(
         try:
             results = model.postprocess_detections(outputs, batch["size"].to(device))
         except ssd.NotFiniteError as error:
-            broken = batch["image_id"][error.rows].tolist()
+            broken = [batch["image_id"][row] for row in error.rows]
             raise FloatingPointError(
                 f"the model's predictions are not finite on images {broken}: its weights are broken"
             ) from None
         if with_loss:
-            sums = model.sum_losses(outputs, batch["boxes"].to(device), batch["labels"].to(device))
+            sums = model.sum_losses(outputs, *coco_utils.split_objects(batch["objects"].to(device)))
             losses.append(torch.stack([sums[name] for name in LOSSES], dim=1).double().cpu().numpy())
-        image_ids.append(batch["image_id"].numpy())
+        image_ids.append(np.array(batch["image_id"], np.int64))
         faults += filter(None, batch["fault"])
-        for image_id, fault, found in zip(batch["image_id"].tolist(), batch["fault"], results, strict=True):
+        for image_id, fault, found in zip(batch["image_id"], batch["fault"], results, strict=True):
             if not fault:
                 detections.append(coco_eval.detections_to_array(image_id, found, category_id_of))
         after_batch()

@@ -14,6 +14,7 @@ from torch import Tensor
 import transforms
 
 MAX_PIXELS_FOR_GREY_MEAN = 10_000
+FACTORS = ("brightness", "contrast_before", "contrast_after", "saturation", "hue")  # as ``draw_factors`` names them
 
 
 class RandomPhotometricDistort:
@@ -21,6 +22,8 @@ class RandomPhotometricDistort:
 
     Contrast comes first or last with equal chance. Constants and order are torchvision's.
     """
+
+    WIDTHS = dict.fromkeys((*FACTORS, "grey_mean"), 1) | {"channels": 3}  # how many numbers ``draw`` has for each name
 
     def __init__(
         self,
@@ -44,7 +47,10 @@ class RandomPhotometricDistort:
 
     @staticmethod
     def distort(images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Distorts each image of [B, 3, H, W] (0 to 255) with its own ``parameters``: [B] each, channels [B, 3]."""
+        """Distorts each image of [B, 3, H, W] (0 to 255) with its own ``parameters``: [B] each, channels [B, 3].
+
+        Channels may be float, as all that is drawn travels in one tensor.
+        """
         factor = {name: value.view(-1, 1, 1, 1) for name, value in parameters.items() if name != "channels"}
         images = adjust_brightness(images, factor["brightness"])
         images = mix(images, factor["grey_mean"], factor["contrast_before"])
@@ -52,7 +58,7 @@ class RandomPhotometricDistort:
         images = shift_hue(images, factor["hue"])
         images = mix(images, factor["grey_mean"], factor["contrast_after"])
         batch = torch.arange(len(images), device=images.device)
-        return images[batch[:, None], parameters["channels"]]
+        return images[batch[:, None], parameters["channels"].long()]
 
 
 class CaffePhotometricDistort:
@@ -62,6 +68,8 @@ class CaffePhotometricDistort:
     degrees, and channels keep their order. Contrast comes before saturation or last with equal chance. What Caffe loses
     in bytes is left out: rounding, and hues that stop at red instead of turning past it.
     """
+
+    WIDTHS = dict.fromkeys(FACTORS, 1)
 
     def __init__(
         self,
@@ -135,10 +143,11 @@ def shift_hue(images: Tensor, shift: Tensor | float) -> Tensor:
     red, green, blue = images.unbind(1)
     value, chroma = value_and_chroma(images)
     divisor = torch.where(chroma > 0, chroma, 1).squeeze(1)
+    # by comparisons alone: a compiler may compute the greatest value a second time, and round it in another way
     hue = torch.where(
-        red == value.squeeze(1),
+        (red >= green) & (red >= blue),
         (green - blue) / divisor,
-        torch.where(green == value.squeeze(1), 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+        torch.where(green >= blue, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     ).unsqueeze(1)  # in sixths of a turn
     distance = (hue + 6 * shift + transforms.channel_constants((5, 3, 1), images.device)) % 6  # [B, 3, H, W]
     return value - chroma * torch.minimum(distance, 4 - distance).clamp(0, 1)

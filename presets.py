@@ -42,6 +42,7 @@ class DetectionPresetTrain:
 
     def __init__(self, *, data_augmentation: str, size: int):
         self.geometric, self.photometric = DATA_AUGMENTATIONS[data_augmentation]
+        self.widths = {} if self.photometric is None else self.photometric.WIDTHS
         self.size = size
 
     def __call__(self, image: ndarray, boxes: ndarray, labels: ndarray, rng: np.random.Generator) -> dict:
@@ -53,18 +54,18 @@ class DetectionPresetTrain:
             rng: the source of all randomness.
 
         Returns:
-            ``image`` uint8 [3, size, size], ``boxes`` in its pixels, ``labels``, and what ``on_device`` needs.
+            ``image`` uint8 [3, size, size], ``boxes`` in its pixels, ``labels``, and ``parameters`` for ``on_device``,
+            float32 [P].
         """
-        sample = {}
-        if self.photometric is not None:
-            sample["photometric"] = self.photometric.draw(image, rng)
+        drawn = {} if self.photometric is None else self.photometric.draw(image, rng)
         view = T.View(0, 0, image.shape[1], image.shape[0])
         for transform in self.geometric:
             view, boxes, labels = transform(view, boxes, labels, rng)
         pixels, coverage = T.resample(image, view, self.size, np.uint8)
-        return sample | {
+        parameters = [coverage.flatten(), *(torch.as_tensor(drawn[name]).view(-1) for name in self.widths)]
+        return {
             "image": pixels,
-            "coverage": coverage,
+            "parameters": torch.cat(parameters),
             "boxes": torch.from_numpy(T.project_boxes(boxes, view, self.size)),
             "labels": torch.from_numpy(labels),
         }
@@ -72,9 +73,15 @@ class DetectionPresetTrain:
     def on_device(self, batch: dict) -> Tensor:
         """Finishes the collated ``batch``: the images that the network sees, float32 [B, 3, size, size], 0 to 255."""
         images = batch["image"].float()
+        coverage, drawn = self.split_parameters(batch["parameters"])
         if self.photometric is not None:
-            images = self.photometric.distort(images, batch["photometric"])
-        return T.fill_uncovered(images, batch["coverage"])
+            images = self.photometric.distort(images, drawn)
+        return T.fill_uncovered(images, coverage)
+
+    def split_parameters(self, parameters: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The coverage [B, 2, size], and what the photometric transform has drawn, of ``parameters`` [B, P]."""
+        coverage, *drawn = parameters.split([2 * self.size, *self.widths.values()], dim=1)
+        return coverage.unflatten(1, (2, self.size)), dict(zip(self.widths, drawn, strict=True))
 
 
 class DetectionPresetEval:

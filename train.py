@@ -58,12 +58,12 @@ class BatchLosses(nn.Module):
         self.preset = preset
         self.autocast = autocast
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict) -> dict[str, Tensor]:
         """The losses of ``SSD.compute_loss``, and ``loss``, their sum."""
         images = self.preset.on_device(batch)
         with self.autocast:
             outputs = self.model(images)
-        losses = self.model.compute_loss(outputs, batch["boxes"], batch["labels"])
+        losses = self.model.compute_loss(outputs, *coco_utils.split_objects(batch["objects"]))
         return {"loss": sum(losses.values()), **losses}
 
 
@@ -258,7 +258,7 @@ def log_inputs(dataset: CocoTrainDataset, preset: DetectionPresetTrain, log: Run
     images = preset.on_device(batch).round().byte().permute(0, 2, 3, 1).numpy()
     names = {one["label"]: one["name"] for one in dataset.annotations.classes}
     drawn = []
-    for image, boxes, labels in zip(images, batch["boxes"], batch["labels"], strict=True):
+    for image, boxes, labels in zip(images, *coco_utils.split_objects(batch["objects"]), strict=True):
         is_object = labels > 0
         texts = [names[label] for label in labels[is_object].tolist()]
         drawn.append(pictures.draw_boxes(image, boxes[is_object].numpy(), labels[is_object].tolist(), texts, "input"))

@@ -50,8 +50,11 @@ def init_distributed(device: str | None, timeout: float) -> torch.device:
         timeout = datetime.timedelta(seconds=timeout)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store = store_of_this_start(store, rank, world_size, timeout)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        settings = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
+        if device.type == "cuda":  # NCCL would guess the device, and connect in the midst of the first step
+            dist.init_process_group("nccl", device_id=device, **settings)
+        else:
+            dist.init_process_group("gloo", **settings)
         groups["host"] = dist.new_group(backend="gloo", timeout=timeout)
     return device
 
@@ -264,10 +267,9 @@ def all_agree(value: int) -> bool:
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Moves the tensors of a (nested) batch without waiting for the copies."""
+    """Moves the tensors of a batch without waiting for the copies."""
     return {
-        key: to_device(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True)
-        for key, value in batch.items()
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
     }
 
 
@@ -291,15 +293,7 @@ def moved_batches(batches: Iterable[dict], device: torch.device) -> Iterator[dic
         with torch.cuda.stream(copies):
             batch = to_device(batch, device)
         computation.wait_stream(copies)
-        for tensor in tensors_of(batch):
-            tensor.record_stream(computation)  # or its memory would be free for the next copy as soon as it is deleted
+        for value in batch.values():
+            if isinstance(value, Tensor):
+                value.record_stream(computation)  # or the next copy might get its memory as soon as it is deleted
         yield batch
-
-
-def tensors_of(batch: dict) -> Iterator[Tensor]:
-    """The tensors of a (nested) batch."""
-    for value in batch.values():
-        if isinstance(value, dict):
-            yield from tensors_of(value)
-        else:
-            yield value

@@ -144,7 +144,7 @@ def test_numbers_are_watched_without_a_wait(tmp_path):
     """While the device is busy with a step, its numbers are unknown; the fault is found when they have come."""
     watch = Divergence(tmp_path)
     busy = torch.randn(8000, 8000, device=GPU)
-    batch = {"image_id": torch.tensor([3], device=GPU)}
+    batch = {"image_id": [3]}
     loss = torch.tensor([torch.nan], device=GPU)
     watch.add(0, [batch], ["loss"], [torch.ones(1, device=GPU)], torch.ones((), device=GPU))  # allocates what it needs
     torch.cuda.synchronize()

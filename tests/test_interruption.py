@@ -258,7 +258,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_it_is_saved(d
     kept = load(path)
     assert [batch["image"].shape for batch in kept["batches"]] == [(1, 3, 300, 300)]  # the second of its two
     named = json.loads(line.split("images ")[1].split(" (kept")[0])
-    assert named == [i for batch in kept["batches"] for i in batch["image_id"].tolist()]
+    assert named == [i for batch in kept["batches"] for i in batch["image_id"]]
     assert math.isnan(kept["losses"][0]["classification"])
     assert step_of(load(tmp_path / "checkpoint.pth")) == 3
 

@@ -16,7 +16,7 @@ def make_batch(preset: presets.DetectionPresetTrain) -> dict:
         rng = np.random.default_rng(seed)
         image = rng.integers(0, 256, (80, 100, 4), dtype=np.uint8)
         boxes, labels = np.array([[10, 10, 60, 60], [40, 20, 90, 70]], np.float32), np.array([1, 2])
-        samples.append(preset(image, boxes, labels, rng))
+        samples.append(preset(image, boxes, labels, rng) | {"image_id": seed})
     return coco_utils.collate(samples)
 
 
@@ -28,6 +28,26 @@ def test_every_pipeline_gives_what_the_network_takes(name):
     assert images.dtype == torch.float32
     assert images.min() >= 0
     assert images.max() <= 255
+
+
+@pytest.mark.parametrize("name", list(presets.DATA_AUGMENTATIONS))
+def test_what_is_drawn_for_the_second_stage_arrives_there(name, monkeypatch):
+    """Under its name, and unchanged, though all of it travels in one tensor."""
+    preset = presets.DetectionPresetTrain(data_augmentation=name, size=64)
+    drawn, expected_coverage = [], []
+    if preset.photometric is not None:
+        draw = preset.photometric.draw
+        monkeypatch.setattr(preset.photometric, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    resample = presets.T.resample
+    monkeypatch.setattr(
+        presets.T, "resample", lambda *args: (found := resample(*args), expected_coverage.append(found[1]))[0]
+    )
+    coverage, arrived = preset.split_parameters(make_batch(preset)["parameters"])
+    assert torch.equal(coverage, torch.stack(expected_coverage))
+    assert arrived.keys() == (drawn[0].keys() if drawn else set())
+    for i, one in enumerate(drawn):
+        for key, value in one.items():
+            assert arrived[key][i].tolist() == np.ravel(value).tolist(), key
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

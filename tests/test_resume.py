@@ -25,7 +25,7 @@ def train_to(data_path, monkeypatch):
     forward = train.BatchLosses.forward
 
     def recording_forward(self, batch):
-        seen.append(batch["image_id"].tolist())
+        seen.append(batch["image_id"])
         return forward(self, batch)
 
     monkeypatch.setattr(train.BatchLosses, "forward", recording_forward)
@@ -95,7 +95,7 @@ def main(output_dir, arguments):
     forward = train.BatchLosses.forward
 
     def recording_forward(self, batch):
-        seen.append(batch["image_id"].tolist())
+        seen.append(batch["image_id"])
         return forward(self, batch)
 
     def run(step, folder, *flags):

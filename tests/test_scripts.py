@@ -330,7 +330,7 @@ def test_two_processes_average_their_gradients(run, data_path, tmp_path):
     for rank in range(2):
         keys = next(iter(coco_utils.EpochBatchSampler(len(dataset), 3, args.seed, rank, 2)))
         batch = coco_utils.collate([dataset[key] for key in keys])
-        losses = model.compute_loss(model(preset.on_device(batch)), batch["boxes"], batch["labels"])
+        losses = model.compute_loss(model(preset.on_device(batch)), *coco_utils.split_objects(batch["objects"]))
         (sum(losses.values()) / 2).backward()
     optimizer.step()
     for name, parameter in model.named_parameters():

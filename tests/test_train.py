@@ -26,11 +26,12 @@ def make_batch(preset: presets.DetectionPresetTrain, num_boxes: tuple[int, ...] 
     """An image of noise for each of ``num_boxes``, with so many objects."""
     rng = np.random.default_rng(0)
     samples = []
-    for number in num_boxes:
+    for image_id, number in enumerate(num_boxes):
         corners = rng.uniform(0, 60, (number, 2))
         boxes = np.concatenate((corners, corners + rng.uniform(20, 40, (number, 2))), axis=1).astype(np.float32)
         image = rng.integers(0, 256, (100, 100, 4), dtype=np.uint8)
-        samples.append(preset(image, boxes, rng.integers(1, NUM_CLASSES, number), rng))
+        sample = preset(image, boxes, rng.integers(1, NUM_CLASSES, number), rng)
+        samples.append(sample | {"image_id": image_id + 10 * number})
     return coco_utils.collate(samples, NUM_SLOTS)
 
 

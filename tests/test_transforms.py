@@ -216,6 +216,16 @@ def test_each_distortion_equals_torchvision_within_two_levels(name, image):
         assert difference.abs().max() <= 2
 
 
+def test_the_hue_does_not_rest_on_a_value_that_equals_its_maximum_to_the_last_bit(monkeypatch):
+    """A compiled step may compute the maximum twice, rounded in two ways."""
+    images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 255
+    images[:, 1, :9] = images[:, 0, :9]  # the greatest value twice
+    expected = P.shift_hue(images, 0.04)
+    exact = P.value_and_chroma
+    monkeypatch.setattr(P, "value_and_chroma", lambda images: (exact(images)[0] * (1 + 2**-22), exact(images)[1]))
+    torch.testing.assert_close(P.shift_hue(images, 0.04), expected, rtol=0, atol=0.01)
+
+
 def test_neutral_parameters_change_nothing():
     image = make_image(30, 40)
     parameters = P.RandomPhotometricDistort(p=0.0).draw(image, np.random.default_rng(0))

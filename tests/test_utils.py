@@ -9,10 +9,10 @@ import torch.distributed as dist
 import utils
 
 
-def test_batches_move_with_their_nested_parts():
-    moved = utils.to_device({"a": torch.zeros(2), "b": {"c": torch.ones(1)}}, torch.device("meta"))
-    assert moved["a"].is_meta
-    assert moved["b"]["c"].is_meta
+def test_of_a_batch_the_tensors_move():
+    moved = utils.to_device({"image": torch.zeros(2), "image_id": [3, 4]}, torch.device("meta"))
+    assert moved["image"].is_meta
+    assert moved["image_id"] == [3, 4]
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
@@ -31,12 +31,17 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(utils, "store_of_this_start", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: backends.append(backend))
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, **settings: backends.append((backend, settings["device_id"])),
+    )
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert utils.init_distributed(None, timeout=60) == torch.device("cuda:1")
-    assert (chosen, backends) == ([torch.device("cuda:1")], ["nccl"])
+    assert chosen == [torch.device("cuda:1")]
+    assert backends == [("nccl", torch.device("cuda:1"))]
 
 
 def join(store: dist.Store, late: tuple[int, ...], world_size: int = 3, seconds: float = 20) -> list[dist.Store]:

@@ -161,7 +161,7 @@ def test_validation_loss_is_that_of_one_batch_with_all_images(data_path):
         found = evaluate.infer_as_flagged(args, model, dataset, category_id_of)
         with torch.inference_mode():
             batch = coco_utils.collate([dataset[row] for row in range(len(dataset))])
-            expected = model.compute_loss(model(batch["image"]), batch["boxes"], batch["labels"])
+            expected = model.compute_loss(model(batch["image"]), *coco_utils.split_objects(batch["objects"]))
         return evaluate.score(a, found, "hotcoco").metrics["loss"], expected
 
     for batch_size in ("1", "3"):
