@@ -3,8 +3,8 @@
     python benchmarks/postprocess.py [--batch-size N ...] [--device cpu|cuda] [--rounds N]
 
 Predictions are random, as an untrained model's, where nearly every score is over the threshold, or like a trained
-model's: some 2,000 scores per image over it, around a few objects, with confused classes. Both sides get the same, and
-their detections are compared. Each has a process of its own; they take turns, and the fastest round counts. The last
+model's: some 2,000 scores per image over it, around a few objects, with confused classes; or, if --predictions asks for
+it, like those of a model that has collapsed. Both sides get the same, and their detections are compared. Each has a process of its own; they take turns, and the fastest round counts. The last
 line is one JSON object.
 """
 
@@ -67,7 +67,17 @@ def trained_predictions(model: ssd.SSD, batch_size: int) -> dict[str, Tensor]:
     return {"cls_logits": logits, "bbox_regression": offsets}
 
 
-PREDICTIONS = {"random": random_predictions, "trained": trained_predictions}
+def collapsed_predictions(model: ssd.SSD, batch_size: int) -> dict[str, Tensor]:
+    """Nearly the same box with nearly the same scores everywhere, so that all candidates must be tried."""
+    predictions = random_predictions(model, batch_size)
+    boxes = torch.tensor([30.0, 40, 250, 260]) + 2 * predictions["bbox_regression"]
+    return {
+        "cls_logits": 0.01 * predictions["cls_logits"],
+        "bbox_regression": model.box_coder.encode(boxes, model.default_boxes),
+    }
+
+
+PREDICTIONS = {"random": random_predictions, "trained": trained_predictions, "collapsed": collapsed_predictions}
 
 
 def start(side: str, kind: str, device_name: str, batch_size: int) -> None:
@@ -111,9 +121,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[1, 16])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=flags.positive, default=5)
+    parser.add_argument("--predictions", choices=list(PREDICTIONS), nargs="+", default=["random", "trained"])
     args = parser.parse_args()
     report = {"device": args.device}
-    for kind in PREDICTIONS:
+    for kind in args.predictions:
         for batch_size in args.batch_size:
             variants = {side: (side, kind, args.device, batch_size) for side in ("ours", "torchvision")}
             rounds = take_turns(start, measure, variants, args.rounds)

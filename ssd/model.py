@@ -185,8 +185,9 @@ class SSD(nn.Module):
             raise NotFiniteError((~is_finite).nonzero().flatten().tolist())
         scores = outputs["cls_logits"].float().softmax(dim=-1)[..., 1:]  # [B, A, C - 1]
         boxes = self.box_coder.decode(outputs["bbox_regression"].float(), self.default_boxes).clamp(0, self.size)
-        # As in ``match``: one image at a time stays in the cache of a CPU.
-        images_at_a_time = 1 if boxes.device.type == "cpu" else len(boxes)
+        # As in ``match``: one image at a time stays in the cache of a CPU. A GPU gets as many as it can use, and not so
+        # many that its memory could not hold all scores of an untrained model, most of which are candidates.
+        images_at_a_time = 1 if boxes.device.type == "cpu" else 16
         found = []
         for part in zip(scores.split(images_at_a_time), boxes.split(images_at_a_time), strict=True):
             candidates = select_candidates(*part, self.score_thresh, self.topk_candidates)

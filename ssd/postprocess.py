@@ -3,6 +3,7 @@
 Dimension key: B images, A default boxes, K classes without the background, N detections.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from torchvision.ops import nms
 
 # Suppression takes the square of its input, and the best 200 detections are mostly found among far fewer candidates.
 FIRST_CANDIDATES = 1000
+# Where they are not, as in a model that has collapsed, it goes in parts. At batch 24 all candidates of 90 classes would
+# be more than its kernel for GPUs can count.
+MAX_BOXES_AT_A_TIME = 16_000
 
 
 class NotFiniteError(FloatingPointError):
@@ -81,11 +85,30 @@ def suppress(candidates: Detections, iou_thresh: float, detections_per_img: int)
     rank_in_image = rank_within(candidates.images)
     group = candidates.images * (candidates.labels.max() + 1) + candidates.labels
     shifted = candidates.boxes.double() + ((candidates.boxes.max().double() + 1) * group)[:, None]
+    scores = candidates.scores.double()
+    is_kept = torch.zeros_like(group, dtype=torch.bool)
+    needs_more = torch.ones_like(num_candidates, dtype=torch.bool)
     limit = FIRST_CANDIDATES
-    while True:
-        tried = (rank_in_image < limit).nonzero().squeeze(1)
-        kept = tried[nms(shifted[tried], candidates.scores[tried].double(), iou_thresh)]
-        num_kept = candidates.images[kept].bincount(minlength=len(num_candidates))
-        if ((num_kept >= detections_per_img) | (num_candidates <= limit)).all():
-            return candidates[kept[rank_within(candidates.images[kept]) < detections_per_img]]
+    while needs_more.any():
+        tried = (needs_more[candidates.images] & (rank_in_image < limit)).nonzero().squeeze(1)
+        for part in split_between_groups(group[tried], MAX_BOXES_AT_A_TIME):
+            part = tried[part]
+            is_kept[part[nms(shifted[part], scores[part], iou_thresh)]] = True
+        num_kept = candidates.images[is_kept].bincount(minlength=len(num_candidates))
+        needs_more &= (num_kept < detections_per_img) & (num_candidates > limit)
         limit *= 4
+    kept = is_kept.nonzero().squeeze(1)
+    return candidates[kept[rank_within(candidates.images[kept]) < detections_per_img]]
+
+
+def split_between_groups(groups: Tensor, max_size: int) -> Iterator[Tensor]:
+    """Indices of all elements, in parts of whole groups; larger than ``max_size`` is only a part of one group."""
+    if len(groups) <= max_size:
+        yield torch.arange(len(groups), device=groups.device)
+        return
+    part_sizes = [0]
+    for size in groups.unique(return_counts=True)[1].tolist():
+        if part_sizes[-1] > 0 and part_sizes[-1] + size > max_size:
+            part_sizes.append(0)
+        part_sizes[-1] += size
+    yield from groups.argsort(stable=True).split(part_sizes)

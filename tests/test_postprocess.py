@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torchvision.ops import nms
 
 import ssd
 from ssd import postprocess
@@ -60,6 +61,55 @@ def test_suppression_follows_the_definition_for_any_number_tried_at_first(
         found = suppress(candidates, 0.45, detections_per_img)
         assert len(found.images) < len(candidates.images)
         assert_same(found, suppress_naively(candidates, 0.45, detections_per_img))
+
+
+@pytest.mark.parametrize("most", [1, 7, 60, 10_000])
+def test_suppression_in_parts_follows_the_definition(monkeypatch, most):
+    """No part is larger than allowed, unless a class of an image is."""
+    sizes = []
+
+    def recording_nms(boxes, scores, iou_thresh):
+        sizes.append(len(boxes))
+        return nms(boxes, scores, iou_thresh)
+
+    monkeypatch.setattr(postprocess, "nms", recording_nms)
+    monkeypatch.setattr(postprocess, "MAX_BOXES_AT_A_TIME", most)
+    monkeypatch.setattr(postprocess, "FIRST_CANDIDATES", 20)
+    for seed in range(5):
+        sizes.clear()
+        candidates = random_candidates(seed)
+        assert_same(suppress(candidates, 0.45, 12), suppress_naively(candidates, 0.45, 12))
+        largest_group = (candidates.images * 4 + candidates.labels).bincount().max()
+        assert max(sizes) <= max(most, largest_group)
+
+
+def test_an_image_that_has_enough_is_left_alone(monkeypatch):
+    """While another, all of whose boxes are alike, is tried with more of its candidates."""
+    sizes = []
+    monkeypatch.setattr(postprocess, "nms", lambda boxes, *args: sizes.append(len(boxes)) or nms(boxes, *args))
+    monkeypatch.setattr(postprocess, "FIRST_CANDIDATES", 20)
+    boxes = torch.tensor([[0.0, 0, 9, 9]]).repeat(400, 1)
+    boxes[::2] += 10 * torch.arange(200)[:, None]
+    labels, scores = torch.zeros(400, dtype=torch.int64), torch.linspace(0.9, 0.1, 400)
+    candidates = Detections(boxes, scores, labels, torch.arange(400) % 2)
+    assert suppress(candidates, 0.45, 20).images.bincount().tolist() == [20, 1]
+    assert sizes == [40, 80, 200]
+
+
+def test_a_model_that_has_collapsed_is_suppressed_in_bounded_parts(monkeypatch):
+    """Scores that hardly differ and boxes that lie on one another: all that its classes may have are candidates."""
+    sizes = []
+    monkeypatch.setattr(postprocess, "nms", lambda boxes, *args: sizes.append(len(boxes)) or nms(boxes, *args))
+    generator = torch.Generator().manual_seed(0)
+    scores = 1 / 91 + 1e-4 * torch.rand(2, 400, 90, generator=generator)
+    corners = torch.rand(2, 400, 2, generator=generator)
+    boxes = torch.cat((corners, corners + 250), dim=2)
+    candidates = select_candidates(scores, boxes, score_thresh=0.01, topk_per_class=400)
+    found = suppress(candidates, 0.45, 200)
+    assert len(candidates.images) == 2 * 400 * 90
+    assert found.images.bincount().tolist() == [90, 90]  # one of each class
+    assert sum(sizes) > 2 * 400 * 90
+    assert max(sizes) <= postprocess.MAX_BOXES_AT_A_TIME
 
 
 def test_images_are_alike_one_by_one_and_together():
