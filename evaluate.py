@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import coco_annotations
 import coco_eval
 import coco_utils
+import execution
 import failures
 import flags
 import loading
@@ -254,7 +255,7 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD,
     """``load_model`` as the flags have it, on ``device``."""
     with utils.main_first():  # so that weights are downloaded once
         model, classes = load_model(args.checkpoint, args.model, args.input_scaling)
-    return model.to(device, memory_format=torch.channels_last), classes
+    return model.to(device, memory_format=execution.memory_format(device)), classes
 
 
 def infer_as_flagged(
@@ -272,7 +273,7 @@ def infer_as_flagged(
         batch_size=args.batch_size,
         workers=args.workers,
         loader_timeout=args.loader_timeout,
-        autocast=flags.make_autocast(model.default_boxes.device, args.amp),
+        autocast=execution.make_autocast(model.default_boxes.device, args.amp),
         with_loss=args.val_loss,
         after_batch=after_batch,
     )

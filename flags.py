@@ -1,4 +1,4 @@
-"""The flags of training, those that evaluation shares, and what they name: data, device, precision."""
+"""The flags of training, those that evaluation shares, and the data that they name."""
 
 import argparse
 import math
@@ -12,10 +12,10 @@ import shapes
 import ssd
 import utils
 from coco_annotations import CocoAnnotations
+from execution import AMP_DTYPES
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 MAX_INTEGER = 10**9  # far beyond all sense, and within what PyTorch takes for seeds and seconds
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,7 +207,3 @@ def open_data(args: argparse.Namespace, split: str, needs_images: bool = True) -
     for note in annotations.notes:
         utils.print_on_main(note)
     return annotations, images_dir
-
-
-def make_autocast(device: torch.device, amp: str | None) -> torch.autocast:
-    return torch.autocast(device.type, AMP_DTYPES.get(amp), enabled=amp is not None)

@@ -25,6 +25,7 @@ import checkpoints
 import coco_annotations
 import coco_utils
 import evaluate
+import execution
 import failures
 import flags
 import loading
@@ -371,7 +372,7 @@ def make_training(args: argparse.Namespace, device: torch.device, interruption: 
     found = checkpoints.find_checkpoint(args)
     with utils.main_first():  # so that weights are downloaded once
         model = make_model(args, train_annotations.num_classes, resumed=found is not None)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=execution.memory_format(device))
     if args.sync_bn:
         model = utils.synchronise_batch_norm(model, device)
     preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
@@ -392,10 +393,10 @@ def make_training(args: argparse.Namespace, device: torch.device, interruption: 
         log_inputs(dataset, preset, log, args.loader_timeout)
     else:
         log.info(f"Continuing after {state.global_step} steps")
-    batch_losses = BatchLosses(model, preset, flags.make_autocast(device, args.amp))
+    batch_losses = BatchLosses(model, preset, execution.make_autocast(device, args.amp))
     if args.compile:
         log.info("Compiling: the first step takes longer, up to minutes")
-        batch_losses.compile(mode=args.compile, fullgraph=True)
+        execution.compile_whole(batch_losses, args.compile)
     batch_losses = utils.distribute(batch_losses)
     validation = Validation(args, state, val_annotations, val_images, log, saved.save_best)
     return Training(args, state, batch_losses, sampler, loader, validation, saved, interruption, log)

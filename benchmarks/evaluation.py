@@ -41,6 +41,7 @@ from turns import take_turns
 import coco_annotations
 import coco_eval
 import evaluate
+import execution
 import flags
 import ssd
 
@@ -112,7 +113,7 @@ def make_model(weights: str | None, weights_backbone: str | None, num_classes: i
 
 
 def prepare_ours(model: ssd.SSD, images_dir: Path, annotations_file: Path, workers: int, batch_size: int) -> Callable:
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=execution.memory_format(torch.device("cpu")))
     annotations = coco_annotations.read_annotations(annotations_file)
     settings = ["--checkpoint", "", "--batch-size", str(batch_size), "--workers", str(workers)]
     args = evaluate.get_args_parser().parse_args(settings)

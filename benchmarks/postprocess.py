@@ -4,8 +4,8 @@
 
 Predictions are random, as an untrained model's, where nearly every score is over the threshold, or like a trained
 model's: some 2,000 scores per image over it, around a few objects, with confused classes; or, if --predictions asks for
-it, like those of a model that has collapsed. Both sides get the same, and their detections are compared. Each has a process of its own; they take turns, and the fastest round counts. The last
-line is one JSON object.
+it, like those of a model that has collapsed. Both sides get the same, and their detections are compared. Each has a
+process of its own; they take turns, and the fastest round counts. The last line is one JSON object.
 """
 
 import argparse

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import coco_annotations
 import coco_utils
+import execution
 import flags
 import optimization
 import presets
@@ -42,11 +43,12 @@ def losses_and_gradients(
 ) -> tuple[list[float], dict[str, Tensor]]:
     """The loss of each batch, and the gradients of all together, on the CPU."""
     torch._dynamo.reset()
-    model = train.make_model(args, num_classes).to(args.device, memory_format=torch.channels_last).train()
+    device = torch.device(args.device)
+    model = train.make_model(args, num_classes).to(device, memory_format=execution.memory_format(device)).train()
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=model.size)
-    batch_losses = train.BatchLosses(model, preset, flags.make_autocast(torch.device(args.device), amp))
+    batch_losses = train.BatchLosses(model, preset, execution.make_autocast(device, amp))
     if mode is not None:
-        batch_losses.compile(mode=mode, fullgraph=True)
+        execution.compile_whole(batch_losses, mode)
     optimizer = optimization.make_optimizer(args, model)
     scaler = torch.amp.GradScaler(args.device, enabled=False)
     state = TrainingState(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, 1, accumulate=len(batches))
@@ -54,7 +56,7 @@ def losses_and_gradients(
     for _ in range(2 if mode else 1):  # a CUDA graph is recorded in the first round and replayed in the second
         optimizer.zero_grad(set_to_none=False)
         for batch in batches:
-            loss = batch_losses(utils.to_device(batch, torch.device(args.device)))["loss"]
+            loss = batch_losses(utils.to_device(batch, device))["loss"]
             state.add_gradients(loss)
             losses.append(loss.item())
     gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.requires_grad}

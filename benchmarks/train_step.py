@@ -11,6 +11,7 @@ share of the GPU's peak that the convolutions use, by their counted operations. 
 
 import argparse
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -36,6 +38,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from turns import take_turns
 
+import coco_utils
+import execution
 import flags
 import optimization
 import presets
@@ -66,24 +70,18 @@ run_steps: Callable[[int], None]  # of this process: its variant
 device: torch.device
 
 
-def make_batch(batch_size: int, size: int) -> dict:
-    """A batch as ``coco_utils.collate`` makes it."""
-    generator = torch.Generator().manual_seed(0)
-    corners = torch.rand(batch_size, BOXES_PER_IMAGE, 2, generator=generator) * 0.7 * size
-    sides = (0.05 + 0.25 * torch.rand(batch_size, BOXES_PER_IMAGE, 2, generator=generator)) * size
-    boxes, labels = torch.zeros(batch_size, MAX_BOXES, 4), torch.zeros(batch_size, MAX_BOXES, dtype=torch.int64)
-    boxes[:, :BOXES_PER_IMAGE] = torch.cat((corners, corners + sides), dim=2)
-    labels[:, :BOXES_PER_IMAGE] = torch.randint(1, NUM_CLASSES, (batch_size, BOXES_PER_IMAGE), generator=generator)
-    factors = {"brightness": 1.1, "contrast_before": 0.9, "contrast_after": 1.0, "saturation": 1.2, "hue": 0.02}
-    factors["grey_mean"] = 120.0
-    photometric = {name: torch.full((batch_size,), value) for name, value in factors.items()}
-    return {
-        "image": torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator),
-        "coverage": torch.ones(batch_size, 2, size),
-        "photometric": photometric | {"channels": torch.arange(3).repeat(batch_size, 1)},
-        "boxes": boxes,
-        "labels": labels,
-    }
+def make_batch(preset: presets.DetectionPresetTrain, batch_size: int) -> dict:
+    """A batch as the loader makes it, of noise. Nothing is cropped, so that all images keep their boxes."""
+    preset = copy.copy(preset)
+    preset.geometric = []
+    rng, size, samples = np.random.default_rng(0), preset.size, []
+    for image_id in range(batch_size):
+        image = rng.integers(0, 256, (size, size, 4), dtype=np.uint8)
+        corners = rng.uniform(0, 0.7 * size, (BOXES_PER_IMAGE, 2))
+        boxes = np.concatenate((corners, corners + rng.uniform(0.05 * size, 0.3 * size, corners.shape)), axis=1)
+        sample = preset(image, boxes.astype(np.float32), rng.integers(1, NUM_CLASSES, BOXES_PER_IMAGE), rng)
+        samples.append(sample | {"image_id": image_id})
+    return coco_utils.collate(samples, MAX_BOXES)
 
 
 def make_ours(
@@ -92,15 +90,15 @@ def make_ours(
     """Runs ``train.train_one_epoch`` for a number of steps."""
     args = train.parse_args(["--model", model_name, "--weights-backbone", "none", "--lr", str(LR)])
     torch.backends.cudnn.benchmark = True
-    model = train.make_model(args, NUM_CLASSES).to(device, memory_format=torch.channels_last)
+    model = train.make_model(args, NUM_CLASSES).to(device, memory_format=execution.memory_format(device))
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=model.size)
     optimizer = optimization.make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = TrainingState(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, steps_per_epoch=10**9)
-    batch_losses = train.BatchLosses(model, preset, flags.make_autocast(device, amp))
+    batch_losses = train.BatchLosses(model, preset, execution.make_autocast(device, amp))
     if compile_mode is not None:
-        batch_losses.compile(mode=compile_mode, fullgraph=True)
-    batch = utils.to_device(make_batch(batch_size, model.size), device)
+        execution.compile_whole(batch_losses, compile_mode)
+    batch = utils.to_device(make_batch(preset, batch_size), device)
     log = RunLog(Path(log_dir) / str(os.getpid()))
     divergence = Divergence(Path(log_dir))
 
@@ -128,11 +126,12 @@ def make_peer(batch_size: int, amp: bool) -> Callable[[int], None]:
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=amp and device.type == "cuda")
     autocast = torch.autocast(device.type, enabled=amp)  # the reference names no type: fp16 on a GPU, bf16 on a CPU
-    batch = utils.to_device(make_batch(batch_size, 300), device)
+    preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=300)
+    batch = utils.to_device(make_batch(preset, batch_size), device)
     images = list(batch["image"].float() / 255)
     targets = [
         {"boxes": boxes[:BOXES_PER_IMAGE], "labels": labels[:BOXES_PER_IMAGE]}
-        for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True)
+        for boxes, labels in zip(*coco_utils.split_objects(batch["objects"]), strict=True)
     ]
 
     def run(num_steps: int) -> None:
@@ -239,7 +238,7 @@ def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(ssd.MODELS), default="ssd300_vgg16")
     parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[32])
-    parser.add_argument("--amp", nargs="?", const="bf16", choices=list(flags.AMP_DTYPES), help="measure this too")
+    parser.add_argument("--amp", nargs="?", const="bf16", choices=list(execution.AMP_DTYPES), help="measure this too")
     parser.add_argument("--compile", nargs="*", choices=flags.COMPILE_MODES, help="measure these too")
     parser.add_argument("--peer", action="store_true", help="measure torchvision too; its model is ssd300_vgg16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

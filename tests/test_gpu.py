@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_train import losses_and_gradients, make_batch, make_batch_losses
 
+import execution
 import optimization
 import train
 import utils
@@ -57,7 +58,7 @@ def test_compiled_steps_equal_eager_ones(mode, accumulate):
     for compiled in (False, True):
         batch_losses = batch_losses_on_gpu()
         if compiled:
-            batch_losses.compile(mode=mode, fullgraph=True)
+            execution.compile_whole(batch_losses, mode)
         state = make_state(batch_losses, accumulate)
         for batch in batches_on_gpu(batch_losses) * 3:
             completes_step = state.completes_step

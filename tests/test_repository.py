@@ -16,16 +16,16 @@ README = (ROOT / "README.md").read_text()
 PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
 ALLOWED_IMPORTS = {
     "train": {"evaluate", "validation", "check_data", "checkpoints", "flags", "presets", "pictures", "shared_files"}
-    | {"training_state", "divergence", "interruption", "failures", "loading", "optimization", "run_log"}
+    | {"training_state", "divergence", "execution", "interruption", "failures", "loading", "optimization", "run_log"}
     | {"coco_annotations", "coco_utils", "utils", "ssd"},
     "validation": {"evaluate", "reports", "training_state", "run_log", "coco_annotations", "coco_eval", "utils"},
     "evaluate": {"flags", "own_images", "presets", "reports", "coco_annotations", "coco_eval", "coco_utils"}
-    | {"failures", "loading", "utils", "ssd"},
+    | {"execution", "failures", "loading", "utils", "ssd"},
     "checkpoints": {"training_state", "coco_annotations", "coco_utils", "utils", "ssd"},
     "check_data": {"flags", "coco_annotations", "coco_utils", "loading", "run_log", "utils"},
     "own_images": {"reports", "coco_annotations", "coco_utils", "pictures"},
     "reports": {"coco_annotations", "coco_eval", "coco_utils", "pictures", "plots"},
-    "flags": {"coco_annotations", "presets", "shapes", "utils", "ssd"},
+    "flags": {"coco_annotations", "execution", "presets", "shapes", "utils", "ssd"},
     "training_state": {"utils", "ssd"},
     "divergence": {"utils", "ssd"},
     "interruption": {"failures", "utils"},
@@ -35,7 +35,7 @@ ALLOWED_IMPORTS = {
     "coco_eval": {"coco_annotations"},
     "coco_utils": {"coco_annotations", "shared_files"},
     **{room: set() for room in ("transforms", "coco_annotations", "shared_files", "loading", "optimization", "utils")},
-    **{room: set() for room in ("pictures", "plots", "shapes", "ssd")},
+    **{room: set() for room in ("execution", "pictures", "plots", "shapes", "ssd")},
 }
 
 

@@ -16,6 +16,7 @@ import coco_annotations
 import coco_eval
 import coco_utils
 import evaluate
+import execution
 import optimization
 import train
 import utils
@@ -320,7 +321,7 @@ def test_two_processes_average_their_gradients(run, data_path, tmp_path):
     args = train.parse_args([str(flag) for flag in [*SMALL, *flags]])
     torch.manual_seed(args.seed)
     a = coco_annotations.read_annotations(data_path / "annotations/instances_train2017.json")
-    model = train.make_model(args, a.num_classes).train().to(memory_format=torch.channels_last)
+    model = train.make_model(args, a.num_classes).train().to(memory_format=execution.memory_format(torch.device("cpu")))
     preset = train.DetectionPresetTrain(data_augmentation="ssd", size=300)
     dataset = coco_utils.CocoTrainDataset(a, data_path / "train2017", preset, args.seed)
     initial = {name: value.clone() for name, value in model.state_dict().items()}

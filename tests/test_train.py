@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import coco_utils
+import execution
 import optimization
 import presets
 import ssd
@@ -38,7 +39,7 @@ def make_batch(preset: presets.DetectionPresetTrain, num_boxes: tuple[int, ...] 
 def make_batch_losses(amp: bool = False) -> train.BatchLosses:
     torch.manual_seed(0)
     model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=NUM_CLASSES).train()
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=execution.memory_format(torch.device("cpu")))
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=300)
     return train.BatchLosses(model, preset, torch.autocast("cpu", torch.bfloat16, enabled=amp))
 
