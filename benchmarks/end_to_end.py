@@ -1,12 +1,12 @@
 """Training from files to weights: images per second of train.py, and how long its steps wait for images.
 
-    python benchmarks/end_to_end.py [--batch-size N] [--steps N] [any flag of train.py]
+    python benchmarks/end_to_end.py [--batch-size N] [--steps N] [--files N] [--drawn DIR] [any flag of train.py]
     python benchmarks/end_to_end.py --batch-size 128 --workers 16 --amp --compile
 
-Draws JPEG files of COCO's size, and trains on them with train.py for one epoch, from memory (--cache ram), where each
-image of the epoch takes 125 kB though it is one of few files. The second half of the log counts. Waiting is the time
-that the process spends in the loader, of which a GPU that is still busy with earlier steps notices nothing. The last
-line is one JSON object.
+Draws JPEG files of COCO's size, in DIR to be used again, and trains on them with train.py for one epoch, from memory
+(--cache ram), where each image of the epoch takes 125 kB though it is one of few files. The second half of the log
+counts. Waiting is the time that the process spends in the loader, of which a GPU that is still busy with earlier steps
+notices nothing. The last line is one JSON object.
 """
 
 import argparse
@@ -35,9 +35,10 @@ def main() -> None:
     parser.add_argument("-b", "--batch-size", type=flags.positive, default=128 if on_gpu else 4)
     parser.add_argument("--steps", type=flags.positive, default=400 if on_gpu else 20)
     parser.add_argument("--files", type=flags.positive, default=500 if on_gpu else 50)
+    parser.add_argument("--drawn", type=Path, help="where the files are, or go (default: away in the end)")
     args, train_flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        data, output = Path(folder) / "data", Path(folder) / "out"
+        data, output = args.drawn or Path(folder) / "data", Path(folder) / "out"
         draw_coco_like_data(data, args.files, args.batch_size * args.steps)
         train_annotations = data / "annotations/instances_train2017.json"
         command = ["train.py", "--data-path", data, "--val-images", data / "train2017"]

@@ -1,12 +1,14 @@
 """Training step: images per second of train.py's loop and of torchvision's reference, on batches that are in memory.
 
-    python benchmarks/train_step.py --batch-size 4 8 32 64 128 --amp --compile default reduce-overhead --peer
+    python benchmarks/train_step.py --batch-size 4 8 32 64 128 --precision fp32 bf16 --modes eager default --peer
     python benchmarks/train_step.py --batch-size 8 --peer                   # on a CPU: a ratio, no figure to quote
 
 Ours is train.py's train_one_epoch, photometric distortion on the device included, with as many slots for boxes as COCO
 needs. The peer is torchvision's ssd300_vgg16 in the loop of its references, on images that already have the network's
 size. All layers train. Each variant has a process of its own; they take turns, and the median round counts. MFU is the
-share of the GPU's peak that the convolutions use, by their counted operations. The last line is one JSON object.
+share of the GPU's peak that the convolutions use, by their counted operations. --levers adds variants with something
+that may pay on a GPU and is not decided; --rounds 0 measures nothing, but fills the cache of compiled code. After each
+batch size, and as the last line, comes one JSON object with all that is known.
 """
 
 import argparse
@@ -28,15 +30,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssd300_vgg16
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from turns import take_turns
+import device_profile
+from coco_like import BOXES_PER_IMAGE, MAX_BOXES
+from turns import Variants
 
 import coco_utils
 import execution
@@ -52,10 +57,9 @@ from run_log import RunLog, StepLog
 from training_state import TrainingState
 
 NUM_CLASSES = 91
-BOXES_PER_IMAGE = 7  # COCO's mean
-MAX_BOXES = 93  # COCO's largest number in an image of train2017
 LR = 1e-4
 STEPS_TO_ALLOCATE = 3
+STEPS_TO_COUNT_WAITS = 5
 # dense operations per second by the vendor's data sheet: bf16 and fp16, and TF32, which PyTorch's convolutions use
 PEAKS = {
     "H200 NVL": (835e12, 418e12),
@@ -66,7 +70,7 @@ PEAKS = {
     "A100": (312e12, 156e12),
 }
 
-run_steps: Callable[[int], None]  # of this process: its variant
+run_steps: Callable[[int], None]  # of this process, its variant's
 device: torch.device
 
 
@@ -84,13 +88,42 @@ def make_batch(preset: presets.DetectionPresetTrain, batch_size: int) -> dict:
     return coco_utils.collate(samples, MAX_BOXES)
 
 
+def pad_heads(model: ssd.SSD) -> None:
+    """Lets the head's convolutions have multiples of 8 output channels, as tensor cores want them aligned."""
+    for conv in (*model.head.classification_head.module_list, *model.head.regression_head.module_list):
+        missing = -conv.out_channels % 8
+        if missing:
+            conv.forward = partial(convolve_padded, conv, missing)
+
+
+def convolve_padded(conv: nn.Conv2d, missing: int, features: Tensor) -> Tensor:
+    """What ``conv`` makes of ``features``, with ``missing`` channels more on the way."""
+    weight, bias = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, missing)), F.pad(conv.bias, (0, missing))
+    return F.conv2d(features, weight, bias, conv.stride, conv.padding)[:, : conv.out_channels]
+
+
+def combine_kernels(model: ssd.SSD) -> None:
+    """Lets Inductor put small kernels of one kind into one launch."""
+    inductor_config.combo_kernels = True
+
+
+def try_all_plans(model: ssd.SSD) -> None:
+    """Lets cuDNN time all its plans for a convolution instead of the ten that it holds for the best."""
+    torch.backends.cudnn.benchmark_limit = 0
+
+
+LEVERS = {"padded-heads": pad_heads, "combo-kernels": combine_kernels, "benchmark-limit-0": try_all_plans}
+
+
 def make_ours(
-    log_dir: str, model_name: str, batch_size: int, amp: str | None, compile_mode: str | None
+    log_dir: str, model_name: str, batch_size: int, amp: str | None, compile_mode: str | None, lever: str | None
 ) -> Callable[[int], None]:
     """Runs ``train.train_one_epoch`` for a number of steps."""
     args = train.parse_args(["--model", model_name, "--weights-backbone", "none", "--lr", str(LR)])
     torch.backends.cudnn.benchmark = True
     model = train.make_model(args, NUM_CLASSES).to(device, memory_format=execution.memory_format(device))
+    if lever is not None:
+        LEVERS[lever](model)
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=model.size)
     optimizer = optimization.make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -167,40 +200,37 @@ def free_memory() -> None:
 
 
 def measure(num_steps: int) -> dict[str, float]:
-    """Seconds of a step, the most memory so far, and on a GPU how often the host waited for it in a step."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        run_steps(num_steps)
-        return {"seconds": (time.perf_counter() - begin) / num_steps, "MiB": run_log.max_memory()}
-    run_steps(STEPS_TO_ALLOCATE)
-    torch.cuda.synchronize()
+    """Seconds of a step, and the most memory so far."""
+    if device.type == "cuda":
+        run_steps(STEPS_TO_ALLOCATE)
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     run_steps(num_steps)
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begin) / num_steps
-    result = {"seconds": seconds, "MiB": run_log.max_memory(), "waits": count_waits(num_steps)}
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    result = {"seconds": (time.perf_counter() - begin) / num_steps, "MiB": run_log.max_memory()}
     free_memory()
     return result
 
 
 def count_waits(num_steps: int) -> float:
     """Synchronisations of host and GPU per step, by PyTorch's own detector."""
+    run_steps(STEPS_TO_ALLOCATE)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         run_steps(num_steps)
         torch.cuda.set_sync_debug_mode("default")
+    free_memory()
     return sum("called a synchronizing" in str(warning.message) for warning in caught) / num_steps
 
 
-def profile_steps(num_steps: int = 5) -> str:
-    """The ten operations that take the most time of the device."""
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
-        run_steps(num_steps)
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=80)
+def profile_steps(num_steps: int) -> dict:
+    """See ``device_profile.summary``."""
+    if device.type == "cuda":
+        run_steps(STEPS_TO_ALLOCATE)
+        torch.cuda.synchronize()
+    return device_profile.profiled(run_steps, num_steps)
 
 
 def count_flops(model_name: str) -> int:
@@ -220,17 +250,17 @@ def peak_of(gpu: str, is_half: bool) -> float | None:
 
 
 def list_variants(args: argparse.Namespace, batch_size: int, log_dir: str) -> dict[str, tuple]:
-    """name -> the arguments of ``start``."""
+    """name -> the arguments of ``start``. What is compiled is in half precision, unless no such is asked for."""
     common = (args.device, args.warm_up)
-    precisions = [None, *([args.amp] if args.amp else [])]
     variants = {}
-    for amp, mode in itertools.product(precisions, [None, *args.compile]):
-        name = " ".join(filter(None, ("ours", amp or "fp32", mode and f"compiled ({mode})")))
-        variants[name] = ("ours", *common, log_dir, args.model, batch_size, amp, mode)
-    if args.peer:
-        variants["peer fp32"] = ("peer", *common, batch_size, False)
-    if args.peer and args.amp:
-        variants["peer amp"] = ("peer", *common, batch_size, True)
+    for precision, mode, lever in itertools.product(args.precision, args.modes, [None, *args.levers]):
+        if mode != "eager" and precision == "fp32" and args.precision != ["fp32"]:
+            continue
+        name = " ".join(filter(None, ("ours", precision, mode, lever and f"+ {lever}")))
+        amp, compile_mode = (None if text in ("fp32", "eager") else text for text in (precision, mode))
+        variants[name] = ("ours", *common, log_dir, args.model, batch_size, amp, compile_mode, lever)
+    for precision in args.peer:
+        variants[f"peer {precision}"] = ("peer", *common, batch_size, precision == "amp")
     return variants
 
 
@@ -238,62 +268,100 @@ def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(ssd.MODELS), default="ssd300_vgg16")
     parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[32])
-    parser.add_argument("--amp", nargs="?", const="bf16", choices=list(execution.AMP_DTYPES), help="measure this too")
-    parser.add_argument("--compile", nargs="*", choices=flags.COMPILE_MODES, help="measure these too")
-    parser.add_argument("--peer", action="store_true", help="measure torchvision too; its model is ssd300_vgg16")
+    parser.add_argument("--precision", nargs="+", choices=["fp32", *execution.AMP_DTYPES], default=["fp32"])
+    parser.add_argument("--modes", nargs="+", choices=["eager", *flags.COMPILE_MODES], default=["eager"])
+    parser.add_argument(
+        "--levers", nargs="+", choices=list(LEVERS), default=[], help="measure all with each of these too"
+    )
+    parser.add_argument(
+        "--peer", nargs="*", choices=["fp32", "amp"], help="measure torchvision's ssd300_vgg16 too (default: fp32)"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=flags.positive, help="timed steps of a round (default: 50, on a CPU 1)")
-    parser.add_argument("--rounds", type=flags.positive, default=3)
-    parser.add_argument("--profile", action="store_true", help="list the operations that take the most time")
+    parser.add_argument("--warm-up", type=flags.positive, help="steps before (default: 15, on a CPU 1)")
+    parser.add_argument("--rounds", type=flags.not_negative, default=3)
+    parser.add_argument("--at-once", type=flags.positive, default=1, help="variants that start beside each other")
+    parser.add_argument(
+        "--profile",
+        type=flags.positive,
+        nargs="?",
+        const=10,
+        metavar="STEPS",
+        help="what the device does in so many steps",
+    )
     args = parser.parse_args()
+    args.peer = [] if args.peer is None else args.peer or ["fp32"]
     if args.peer and args.model != "ssd300_vgg16":
         parser.error("--peer is ssd300_vgg16; leave out --model")
-    args.compile = [] if args.compile is None else args.compile or ["default"]
     on_gpu = args.device == "cuda"
     args.steps = args.steps or (50 if on_gpu else 1)
-    args.warm_up = 30 if on_gpu else 1
+    args.warm_up = args.warm_up or (15 if on_gpu else 1)
     return args
 
 
-def measure_variants(
-    args: argparse.Namespace, batch_size: int, variants: dict[str, tuple], flops: int, gpu: str
-) -> dict[str, dict]:
-    """variant -> the medians of what ``measure`` found, and what follows from them."""
+def rows_of(variants: Variants, args: argparse.Namespace, batch_size: int, flops: int, gpu: str) -> dict[str, dict]:
+    """Of each variant the medians of what ``measure`` found, and what follows from them."""
+    names = [name for size, name in variants.pools if size == batch_size]
+    keys = [(batch_size, name) for name in names]
+    measured = variants.take_turns(partial(measure, args.steps), args.rounds, keys)
+    waits = variants.take_turns(partial(count_waits, STEPS_TO_COUNT_WAITS), 1 if gpu else 0, keys)
     rows = {}
-    for name, rounds in take_turns(start, partial(measure, args.steps), variants, args.rounds).items():
-        row = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+    for key, name in zip(keys, names, strict=True):
+        row = {column: statistics.median(one[column] for one in measured[key]) for column in measured[key][0]}
         row["images/s"] = batch_size / row["seconds"]
         peak = peak_of(gpu, is_half=name.split()[1] != "fp32")
         if peak:
             row["MFU"] = row["images/s"] * flops / peak
+        for number in waits[key]:
+            row["waits"] = number
         rows[name] = row
     return rows
+
+
+def ratios_of(rows: dict[str, dict]) -> dict[str, float]:
+    """How many times as fast each variant of ours is as each of the peer's."""
+    return {
+        f"{one} / {other}": rows[one]["images/s"] / rows[other]["images/s"]
+        for one, other in itertools.product(rows, rows)
+        if one.startswith("ours") and other.startswith("peer")
+    }
+
+
+def profiles_of(variants: Variants, num_steps: int, batch_size: int) -> dict[str, dict]:
+    keys = [key for key in variants.pools if key[0] == batch_size]
+    found = variants.take_turns(partial(profile_steps, num_steps), 1, keys)
+    return {name: one for (_, name), (one,) in found.items()}
 
 
 def main() -> None:
     args = get_args()
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    processor = gpu or f"CPU ({torch.backends.cpu.get_cpu_capability()})"
     flops = count_flops(args.model)
-    print(f"{args.model} on {gpu or 'CPU'}, torch {torch.__version__}: {flops / 1e9:.1f} GFLOP per image and step")
-    report = {"model": args.model, "device": gpu or "cpu", "torch": torch.__version__, "flops": flops, "batches": {}}
-    for batch_size in args.batch_size:
-        with tempfile.TemporaryDirectory() as log_dir:
-            variants = list_variants(args, batch_size, log_dir)
-            rows = measure_variants(args, batch_size, variants, flops, gpu)
-            tables = take_turns(start, profile_steps, variants, rounds=1) if args.profile else {}
-        for name, row in rows.items():
-            figures = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
-            print(f"batch {batch_size:4}  {name:40} {figures}", flush=True)
-        ratios = {
-            f"{one} / {other}": rows[one]["images/s"] / rows[other]["images/s"]
-            for one, other in itertools.product(rows, rows)
-            if one.startswith("ours") and other.startswith("peer")
+    print(f"{args.model} on {processor}, torch {torch.__version__}: {flops / 1e9:.1f} GFLOP an image", flush=True)
+    report = {"model": args.model, "device": processor, "torch": torch.__version__, "flops": flops, "batches": {}}
+    with tempfile.TemporaryDirectory() as log_dir:
+        all_variants = {
+            (batch_size, name): arguments
+            for batch_size in args.batch_size
+            for name, arguments in list_variants(args, batch_size, log_dir).items()
         }
-        for name, ratio in ratios.items():
-            print(f"batch {batch_size:4}  {name:60} {ratio:.2f}")
-        for name, (table,) in tables.items():
-            print(f"{name}, batch {batch_size}\n{table}")
-        report["batches"][batch_size] = {"variants": rows, "ratios": ratios}
+        with Variants(start, all_variants, args.at_once) as variants:
+            report["failed"] = [f"batch {batch_size}, {name}" for batch_size, name in variants.failed]
+            for batch_size in args.batch_size if args.rounds else ():
+                rows = rows_of(variants, args, batch_size, flops, gpu)
+                report["batches"][batch_size] = {"variants": rows, "ratios": ratios_of(rows)}
+                for name, row in rows.items():
+                    figures = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
+                    print(f"batch {batch_size:4}  {name:40} {figures}")
+                for name, ratio in ratios_of(rows).items():
+                    print(f"batch {batch_size:4}  {name:60} {ratio:.2f}")
+                print(json.dumps(report), flush=True)
+            for batch_size in args.batch_size if args.profile else ():
+                profiles = profiles_of(variants, args.profile, batch_size)
+                report["batches"].setdefault(batch_size, {})["profiles"] = profiles
+                for name, one in profiles.items():
+                    print(f"{name}, batch {batch_size}\n{device_profile.as_text(one)}", flush=True)
     print(json.dumps(report))
 
 

@@ -64,7 +64,12 @@ def select_candidates(scores: Tensor, boxes: Tensor, score_thresh: float, topk_p
         score_thresh: scores up to this are dropped.
         topk_per_class: how many are kept of a class and image.
     """
-    images, default_boxes, labels = (scores > score_thresh).nonzero(as_tuple=True)
+    is_candidate = scores > score_thresh
+    most = scores.shape[0] * scores.shape[2] * topk_per_class
+    if is_candidate.sum() > most:  # as in a model without training: to find the best is less work than to sort all
+        best = scores.topk(topk_per_class, dim=1).values
+        is_candidate &= scores >= best[:, -1:]
+    images, default_boxes, labels = is_candidate.nonzero(as_tuple=True)
     order = labels.argsort(stable=True)  # of equal scores the lower label comes first, as in torchvision
     order = order[scores[images, default_boxes, labels][order].argsort(descending=True, stable=True)]
     images, default_boxes, labels = images[order], default_boxes[order], labels[order]

@@ -50,6 +50,23 @@ def test_candidates_are_over_the_threshold_and_the_best_of_their_class():
     assert [(pytest.approx(s), i, n, int(x) // 4 - 3 * i) for s, i, n, x in rows] == expected
 
 
+@pytest.mark.parametrize("score_thresh", [-1.0, 0.2, 0.9, 1.0])
+def test_candidates_are_those_of_the_definition_however_many_there_are(score_thresh):
+    """Of equal scores, of which there are many, the lower class and then the earlier default box comes first."""
+    scores = (10 * torch.rand(2, 60, 3, generator=torch.Generator().manual_seed(0))).round() / 10
+    boxes = torch.arange(2 * 60 * 4.0).view(2, 60, 4)
+    found = select_candidates(scores, boxes, score_thresh, topk_per_class=7)
+    every = [(-scores[i, a, n].item(), n, i, a) for i in range(2) for a in range(60) for n in range(3)]
+    best = [
+        sorted(one for one in every if one[1:3] == (label, image) and -one[0] > score_thresh)[:7]
+        for label in range(3)
+        for image in range(2)
+    ]
+    expected = sorted(one for group in best for one in group)
+    rows = zip(found.scores, found.labels, found.images, found.boxes[:, 0], strict=True)
+    assert [(-s.item(), n.item(), i.item(), b.item() / 4 - 60 * i.item()) for s, n, i, b in rows] == expected
+
+
 @pytest.mark.parametrize("first_candidates", [2, 30, 1000])
 @pytest.mark.parametrize("detections_per_img", [5, 40, 1000])
 def test_suppression_follows_the_definition_for_any_number_tried_at_first(
