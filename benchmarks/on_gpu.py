@@ -40,90 +40,151 @@ class Step:
 class Scale:
     """How large everything is."""
 
-    small_batches: tuple[int, ...]
-    large_batches: tuple[int, ...]
+    batches: tuple[int, ...]  # whose variants start all at once
+    large_batches: tuple[int, ...]  # for which memory is too small for that
+    postprocessed_batches: tuple[int, ...]
     modes: tuple[str, ...]
-    steps: int
+    graphs: str  # the mode for small batches
+    step_model: str  # where torchvision's is not measured beside it
+    step: tuple  # flags of train_step.py
+    profiled_steps: int
     rounds: int
+    test_workers: int
     files: int
-    workers: int
+    loader_workers: int
+    steps_from_files: tuple[int, int]  # of the largest batch, and of the smallest
     training: tuple  # flags of train.py
-    end_to_end_steps: tuple[int, int]
 
 
-FULL = Scale((4, 8, 32), (64, 128), ("eager", "default"), 20, 3, 500, 16, ("--batch-size", 16), (160, 400))
+FULL = Scale(
+    batches=(4, 8, 32),
+    large_batches=(64, 128),
+    postprocessed_batches=(16, 128),
+    modes=("eager", "default"),
+    graphs="reduce-overhead",
+    step_model="ssd300_vgg16",
+    step=("--steps", 20),
+    profiled_steps=10,
+    rounds=3,
+    test_workers=3,
+    files=500,
+    loader_workers=16,
+    steps_from_files=(160, 400),
+    training=("--model", "ssd300_vgg16", "--batch-size", 16),
+)
 MINIATURE = Scale(
-    (1,),
-    (2,),
-    ("eager",),
-    1,
-    1,
-    12,
-    1,
-    ("--batch-size", 2, "--max-steps", 2, "--model", "ssd300_resnet18"),
-    (2, 2),
+    batches=(1,),
+    large_batches=(2,),
+    postprocessed_batches=(1,),
+    modes=("eager",),
+    graphs="eager",
+    step_model="ssd300_resnet18",
+    step=("--steps", 1),
+    profiled_steps=1,
+    rounds=1,
+    test_workers=0,
+    files=8,
+    loader_workers=1,
+    steps_from_files=(2, 2),
+    training=("--model", "ssd300_resnet18", "--batch-size", 2, "--max-steps", 2),
 )
 
 
-def steps(scale: Scale, work: Path, weights_backbone: str, data_path: Path | None) -> Iterator[Step]:
-    """In their order."""
-    small, large = scale.small_batches, scale.large_batches
-    graphs = "reduce-overhead" if "default" in scale.modes else "eager"
-    compiled = scale.modes[-1]
-    train_step = ["benchmarks/train_step.py", "--steps", scale.steps, "--precision", "bf16"]
-    no_rounds = [*train_step, "--rounds", 0, "--warm-up", 1, "--at-once", 4]
-    timed = [*train_step, "--rounds", scale.rounds]
-    combined = ["--batch-size", small[0], "--modes", compiled, "--levers", "combo-kernels"]
-    padded = ["--batch-size", large[-1], "--modes", compiled, "--levers", "padded-heads", "benchmark-limit-0"]
-    drawn, trained = work / "drawn", work / "trained"
+def list_steps(scale: Scale, work: Path, weights_backbone: str, data_path: Path | None) -> list[Step]:
+    """What is done in which order, in the folder ``work``."""
+    small, large, compiled = scale.batches[0], scale.large_batches[-1], scale.modes[-1]
+    modes = dict.fromkeys((*scale.modes, scale.graphs))
+    train_step = ["benchmarks/train_step.py", "--precision", "bf16", *scale.step]
+    alone = [*train_step, "--model", scale.step_model]
+    only_compiled = [*alone, "--rounds", 0, "--warm-up", 1, "--at-once", 4]
+    timed = ["--rounds", scale.rounds, "--at-once"]
+    profiled = ["--profile", scale.profiled_steps]
+    combined = ["--batch-size", small, "--modes", compiled, "--levers", "combo-kernels"]
+    padded = ["--batch-size", large, "--modes", compiled, "--levers", "padded-heads"]
+    tests = ["-m", "pytest", "-n", scale.test_workers, "tests/test_gpu.py", "-k"]
     data = ["--data-path", data_path] if data_path else ["--dataset", "shapes", "--data-path", work / "shapes"]
-    training = ["train.py", *data, "--weights-backbone", weights_backbone, "--output-dir", trained, "--amp"]
-    training += ["--lr", 0.0005, "--workers", min(4, scale.workers), "--print-freq", 5, *scale.training]
-    from_files = ["benchmarks/end_to_end.py", "--drawn", drawn, "--files", scale.files, "--workers", scale.workers]
-    from_files += ["--amp"]
+    training = ["train.py", *data, "--weights-backbone", weights_backbone, "--output-dir", work / "trained", "--amp"]
+    training += ["--lr", 0.0005, "--workers", min(4, scale.loader_workers), "--print-freq", 5, *scale.training]
+    from_files = ["benchmarks/end_to_end.py", "--drawn", work / "drawn", "--files", scale.files, "--amp"]
+    from_files += ["--model", scale.step_model, "--workers", scale.loader_workers]
 
-    def compile_flags(mode: str) -> list[str]:
-        return [] if mode == "eager" else ["--compile", mode]
+    def alone_with(*arguments) -> dict[str, list]:
+        return {"": list(arguments)}
 
-    yield Step(
-        "machine",
-        60,
-        {
-            "ceilings": ["benchmarks/ceilings.py"],
-            "drawing": ["benchmarks/coco_like.py", drawn, "--files", scale.files],
-        },
-    )
-    yield Step(
-        "right, and compiled",
-        170,
-        {
-            "tests": ["-m", "pytest", "-n", 2, "tests/test_gpu.py", "-k", "not compile"],
-            "compiled tests": ["-m", "pytest", "-n", 2, "tests/test_gpu.py", "-k", "compile"],
-            "training": [*training, "--epochs", 2, "--lr-steps", 2],
-            "compile, small": [*no_rounds, "--batch-size", *small, "--modes", compiled],
-            "compile, graphs": [*no_rounds, "--batch-size", *small[:2], "--modes", graphs],
-            "compile, large": [*no_rounds, "--batch-size", *large, "--modes", compiled],
-            "compile, combined": [*no_rounds, *combined],
-            "compile, padded": [*no_rounds, *padded],
-        },
-    )
-    yield Step("goes on", 40, {"training": [*training, "--epochs", 3, "--lr-steps", 2, "--resume", "auto"]})
-    yield Step("convolutions", 40, {"": ["benchmarks/ceilings.py", "--convolutions", "--batch-size", large[-1]]})
-    peers = ["--modes", *dict.fromkeys((*scale.modes, graphs)), "--peer", "fp32", "amp", "--profile", "--at-once", 8]
-    yield Step("step, small batches", 110, {"": [*timed, "--batch-size", *small, *peers]})
-    peers = ["--modes", *scale.modes, "--peer", "amp", "--profile", "--at-once", 3]
-    yield Step("step, large batches", 100, {"": [*timed, "--batch-size", *large, *peers]})
-    yield Step(
-        "step in float32", 50, {"": ["benchmarks/train_step.py", "--batch-size", small[-1], "--steps", scale.steps]}
-    )
-    yield Step("combined kernels", 50, {"": [*timed, *combined, "--at-once", 4]})
-    yield Step("padded heads", 60, {"": [*timed, *padded, "--at-once", 4]})
-    postprocess = ["benchmarks/postprocess.py", "--batch-size", small[0], large[-1], "--rounds", scale.rounds]
-    yield Step("post-processing", 50, {"": [*postprocess, "--predictions", "trained", "collapsed"]})
-    yield Step("loss", 60, {"": ["benchmarks/loss.py", "--batch-size", small[-1], "--rounds", scale.rounds]})
-    for size, mode, number in zip((large[-1], small[0]), (compiled, graphs), scale.end_to_end_steps, strict=True):
-        flags = ["--batch-size", size, "--steps", number, *compile_flags(mode)]
-        yield Step(f"files to weights, batch {size}", 90, {"": [*from_files, *flags]})
+    return [
+        Step(
+            "machine",
+            60,
+            {
+                "ceilings": ["benchmarks/ceilings.py"],
+                "drawing": ["benchmarks/coco_like.py", work / "drawn", "--files", scale.files],
+            },
+        ),
+        Step(
+            "right, and compiled",
+            170,
+            {
+                "tests": [*tests, "not compile"],
+                "compiled tests": [*tests, "compile"],
+                "training": [*training, "--epochs", 2, "--lr-steps", 2],
+                "compiling": [
+                    *only_compiled,
+                    "--batch-size",
+                    *scale.batches,
+                    "--modes",
+                    *dict.fromkeys((compiled, scale.graphs)),
+                ],
+                "compiling, large": [*only_compiled, "--batch-size", *scale.large_batches, "--modes", compiled],
+                "compiling, combined": [*only_compiled, *combined],
+                "compiling, padded": [*only_compiled, *padded],
+            },
+        ),
+        Step("goes on", 40, alone_with(*training, "--epochs", 3, "--lr-steps", 2, "--resume", "auto")),
+        Step("convolutions", 40, alone_with("benchmarks/ceilings.py", "--convolutions", "--batch-size", large)),
+        Step(
+            "step",
+            120,
+            alone_with(
+                *(*train_step, "--batch-size", *scale.batches, *timed, 16, *profiled),
+                *("--modes", *modes, "--peer", "fp32", "amp"),
+            ),
+        ),
+        Step(
+            "step, large batches",
+            100,
+            alone_with(
+                *(*train_step, "--batch-size", *scale.large_batches, *timed, 3, *profiled),
+                *("--modes", *scale.modes, "--peer", "amp"),
+            ),
+        ),
+        Step("step in float32", 50, alone_with(*alone, "--batch-size", scale.batches[-1], "--precision", "fp32")),
+        Step("combined kernels", 50, alone_with(*alone, *timed, 2, *combined)),
+        Step("padded heads, all plans", 60, alone_with(*alone, *timed, 3, *padded, "benchmark-limit-0")),
+        Step(
+            "post-processing",
+            60,
+            alone_with(
+                *("benchmarks/postprocess.py", "--batch-size", *scale.postprocessed_batches),
+                *("--rounds", scale.rounds, "--predictions", "trained", "collapsed"),
+            ),
+        ),
+        Step(
+            "loss",
+            60,
+            alone_with("benchmarks/loss.py", "--batch-size", scale.batches[-1], "--rounds", scale.rounds),
+        ),
+        *(
+            Step(
+                f"files to weights, batch {size}",
+                90,
+                alone_with(
+                    *(*from_files, "--batch-size", size, "--steps", number),
+                    *(() if mode == "eager" else ("--compile", mode)),
+                ),
+            )
+            for size, mode, number in zip((large, small), (compiled, scale.graphs), scale.steps_from_files, strict=True)
+        ),
+    ]
 
 
 def run_step(step: Step, output_dir: Path, environment: dict[str, str], limit: float) -> list[dict]:
@@ -206,9 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("out/on_gpu"))
     parser.add_argument("--weights-backbone", default="none", help="VGG16's, a file (default: random ones)")
-    parser.add_argument(
-        "--data-path", type=Path, help="photographs to train on, in COCO's layout (default: drawn shapes)"
-    )
+    parser.add_argument("--data-path", type=Path, help="photographs, in COCO's layout (default: drawn shapes)")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no step begins (default: %(default)g)")
     parser.add_argument("--rehearse", action="store_true", help="all steps in miniature, without compilation")
     args = parser.parse_args()
@@ -224,10 +283,10 @@ def main() -> None:
             "TORCHINDUCTOR_COMPILE_THREADS": "4",
         }
         if args.rehearse:
-            environment["TORCHDYNAMO_DISABLE"] = "1"
+            environment |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
         weights = args.weights_backbone if args.weights_backbone == "none" else Path(args.weights_backbone).resolve()
         data_path = args.data_path and args.data_path.resolve()
-        for step in steps(MINIATURE if args.rehearse else FULL, Path(folder), weights, data_path):
+        for step in list_steps(MINIATURE if args.rehearse else FULL, Path(folder), weights, data_path):
             left = 60 * args.minutes - (time.monotonic() - begin)
             if left > 0:
                 results += run_step(step, args.output_dir, environment, min(step.limit, max(left, 30)))

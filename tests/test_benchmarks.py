@@ -1,0 +1,166 @@
+"""What measures: right where it computes, and ready to run where there is a GPU."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))  # whose scripts import each other by name
+
+import coco_like
+import device_profile
+import on_gpu
+import train_step
+from device_profile import Interval
+from turns import Variants
+
+import coco_annotations
+import ssd
+
+
+def test_the_run_for_a_gpu_is_rehearsed(run, tmp_path):
+    """Every step, in miniature: nothing of it meets its first error where time on a GPU is counted."""
+    console = run("benchmarks/on_gpu.py", "--rehearse", "--output-dir", tmp_path, "--minutes", 9).stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["failed"] == []
+    assert json.loads(console.splitlines()[-1]) == {key: report[key] for key in report if key != "results"}
+    expected = on_gpu.list_steps(on_gpu.MINIATURE, tmp_path, "none", None)
+    assert len(report["results"]) == sum(len(step.commands) for step in expected)
+    written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert written == report["results"]
+    figures = {result["step"]: result["figures"] for result in written}
+    assert figures["step"]["batches"]["1"]["ratios"].keys() == {
+        "ours bf16 eager / peer fp32",
+        "ours bf16 eager / peer amp",
+    }
+    assert figures["padded heads, all plans"]["batches"]["2"]["variants"].keys() == {
+        "ours bf16 eager",
+        "ours bf16 eager + padded-heads",
+        "ours bf16 eager + benchmark-limit-0",
+    }
+    assert "Continuing after 2 steps" in (tmp_path / "log.txt").read_text()
+
+
+def test_the_full_run_has_the_same_steps(tmp_path):
+    full, miniature = (on_gpu.list_steps(scale, tmp_path, "none", None) for scale in (on_gpu.FULL, on_gpu.MINIATURE))
+    assert [step.commands.keys() for step in full] == [step.commands.keys() for step in miniature]
+
+
+def test_a_step_ends_at_its_limit_with_all_that_it_started_and_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_gpu, "ROOT", tmp_path)
+    (tmp_path / "quick.py").write_text("print('{\"value\": 3}')\nprint('{\"value\"')")
+    (tmp_path / "slow.py").write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(f'{{\"child\": {child.pid}}}', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    (tmp_path / "broken.py").write_text("raise SystemExit('no luck')")
+    commands = {name: [f"{name}.py"] for name in ("quick", "slow", "broken")}
+    begin = time.monotonic()
+    results = on_gpu.run_step(on_gpu.Step("all", 5, commands), tmp_path, {}, limit=5)
+    assert time.monotonic() - begin < 60
+    assert [result["outcome"] for result in results] == ["ok", "ended after 5 s", "exit code 1"]
+    assert results[0]["figures"] == {"value": 3}
+    child = results[1]["figures"]["child"]
+    deadline = time.monotonic() + 30
+    while is_alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert results[2]["last lines"] == ["no luck"]
+    assert "no luck" in (tmp_path / "log.txt").read_text()
+    assert "all: slow" in on_gpu.table(results)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_profile_says_how_busy_the_device_was_and_where_it_stood_still():
+    kernels = [
+        Interval("convolution", 100, 150),
+        Interval("pool", 151, 161),  # follows at once
+        Interval("copy", 155, 175),  # beside it
+        Interval("convolution", 195, 200),
+    ]
+    calls = ["cudaLaunchKernel", "cudaStreamSynchronize", "cudaStreamSynchronize", "cudaMalloc", "aten::conv2d"]
+    found = device_profile.summary(kernels, calls, num_steps=2)
+    assert found["busy_share"] == pytest.approx((50 + 24 + 5) / 100)
+    assert found["kernels_per_step"] == 2
+    assert (found["gaps_per_step"], found["gap_ms_per_step"]) == (0.5, pytest.approx(0.01))
+    assert found["host_calls_per_step"] == {"cudaStreamSynchronize": 1, "cudaMalloc": 0.5}
+    assert [one["name"] for one in found["heaviest"]] == ["convolution", "copy", "pool"]
+    assert found["heaviest"][0] == {"name": "convolution", "ms": 0.0275, "calls": 1, "share": pytest.approx(55 / 85)}
+    assert "busy 79.0 %" in device_profile.as_text(found)
+
+
+def test_padded_heads_predict_the_same_with_the_same_weights():
+    torch.manual_seed(0)
+    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7).double()
+    keys = model.state_dict().keys()
+    maps = [torch.rand(1, channels, 3, 3, dtype=torch.float64) for channels in model.backbone.out_channels]
+
+    def predict() -> list[torch.Tensor]:
+        outputs = list(model.head(maps).values())
+        model.zero_grad()
+        sum(output.square().sum() for output in outputs).backward()
+        return outputs + [parameter.grad.clone() for parameter in model.head.parameters()]
+
+    expected = predict()
+    train_step.pad_heads(model)
+    convolved = []
+    model.head.classification_head.module_list[0].register_forward_hook(
+        lambda *args: convolved.append(args[2].shape[1])
+    )
+    torch.testing.assert_close(predict(), expected, rtol=1e-12, atol=1e-12)
+    assert convolved == [4 * 7]
+    assert model.state_dict().keys() == keys
+
+
+@pytest.mark.parametrize(("channels", "padded"), [(28, 32), (32, 32), (364, 368)])
+def test_padding_goes_up_to_a_multiple_of_eight(monkeypatch, channels, padded):
+    sizes = []
+    conv2d = torch.nn.functional.conv2d
+    monkeypatch.setattr(
+        torch.nn.functional, "conv2d", lambda x, weight, *args: sizes.append(len(weight)) or conv2d(x, weight, *args)
+    )
+    head = ssd.SSDHead([3], [channels // 4], num_classes=4)
+    train_step.pad_heads(torch.nn.ModuleDict({"head": head}))
+    head.classification_head.module_list[0](torch.rand(1, 3, 2, 2))
+    assert sizes in ([padded], [])  # nothing to pad: the convolution is left as it was
+
+
+def fail_or_not(fails: bool) -> None:
+    if fails:
+        raise MemoryError("too large")
+
+
+def nothing() -> int:
+    return 1
+
+
+def test_a_variant_that_cannot_start_takes_no_turns(capfd):
+    with Variants(fail_or_not, {"sound": (False,), "large": (True,)}, at_once=2) as variants:
+        assert variants.take_turns(nothing, rounds=2) == {"sound": [1, 1]}
+    assert list(variants.failed) == ["large"]
+    assert "large failed to start: too large" in capfd.readouterr().err
+
+
+def test_drawn_files_are_used_again(tmp_path):
+    coco_like.draw_coco_like_data(tmp_path, num_files=2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "train2017").iterdir()}
+    coco_like.draw_coco_like_data(tmp_path, num_files=3, num_images=7)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "train2017").iterdir()}
+    assert len(after) == 3
+    assert before.items() <= after.items()
+    annotations = coco_annotations.read_annotations(tmp_path / "annotations/instances_train2017.json")
+    assert len(annotations.image_ids) == 7
+    assert annotations.num_classes == 91
+    assert max(annotations.offsets[1:] - annotations.offsets[:-1]) == coco_like.MAX_BOXES
