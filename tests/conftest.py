@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -77,6 +78,22 @@ def pytest_configure():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@contextlib.contextmanager
+def float64():
+    """Whatever is made here, or cast by ``float()``, has 64 bits.
+
+    There, rounding is too small to hide a fault, to change the order of two scores, or to move a number over a limit,
+    on any CPU: between equal computations results may differ by 1e-13 of their size, not by 1e-5 as in 32 bits.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def launcher(processes: int) -> list[str]:
