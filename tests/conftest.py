@@ -1,9 +1,11 @@
 import contextlib
+import getpass
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,10 @@ def pytest_configure():
     # One test per core is faster than one after the other on all of them.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # In PyTorch's cache of compiled graphs those for other instructions pass for one's own, and crash: after a run with
+    # ATEN_CPU_CAPABILITY=avx2 in one without, or where machines share a folder.
+    folder = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
 
 @pytest.fixture(autouse=True)
