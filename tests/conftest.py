@@ -12,6 +12,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator as TorchvisionGenerator
 
 import shapes
 
@@ -100,6 +101,11 @@ def float64():
             yield
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+def use_float64(generator: TorchvisionGenerator) -> None:
+    """Torchvision's default boxes, whose sides it would have in 32 bits."""
+    generator._wh_pairs = generator._generate_wh_pairs(len(generator.aspect_ratios), dtype=torch.float64)
 
 
 def launcher(processes: int) -> list[str]:

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import float64
+from conftest import float64, use_float64
 from torchvision.models.detection import ssd300_vgg16 as torchvision_ssd300_vgg16
 
 import ssd
@@ -34,8 +34,7 @@ def pair():
     """Our model and torchvision's with the same weights, whose scores lie between 0 and 1 instead of tied at both."""
     torch.manual_seed(1)
     theirs = torchvision_ssd300_vgg16(weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
-    boxes = theirs.anchor_generator
-    boxes._wh_pairs = boxes._generate_wh_pairs(len(boxes.aspect_ratios), dtype=torch.float64)  # float32 by default
+    use_float64(theirs.anchor_generator)
     with torch.no_grad():
         for conv in theirs.head.classification_head.module_list:
             conv.weight *= 0.3
