@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, pycocotools_stats
 from PIL import Image
+from tiny import TINY
 from torchvision.models.detection import ssd300_vgg16 as torchvision_ssd300_vgg16
 from torchvision.transforms.functional import to_tensor
 
@@ -361,11 +362,13 @@ def test_fewer_processes_that_accumulate_take_the_same_steps(run, data_path, tmp
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_processes_take_the_steps_of_plain_ones(run, data_path, tmp_path):
-    command = ["train.py", *SMALL[:-1], 2, "--data-path", data_path, "--eval-freq", 0, "--workers", 0]
+    """Of a tiny model; that those of the family compile as a whole, test_train.py shows."""
+    command = ["tests/tiny.py", *TINY[:-1], 2, "--data-path", data_path, "--eval-freq", 0, "--workers", 0]
     command += ["--accumulate", 2, "--max-steps", 2, "--print-freq", 1]
     losses = []
     for name, extra in (("plain", []), ("compiled", ["--compile"])):
-        run(*command, *extra, "--output-dir", tmp_path / name, processes=2)
+        console = run(*command, *extra, "--output-dir", tmp_path / name, processes=2).stdout
+        assert ("Compiling" in console) == bool(extra)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
