@@ -1,14 +1,17 @@
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator as TorchvisionGenerator
 
 import shapes
 
@@ -72,11 +75,36 @@ def pytest_configure():
     # One test per core is faster than one after the other on all of them.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # In PyTorch's cache of compiled graphs those for other instructions pass for one's own, and crash: after a run with
+    # ATEN_CPU_CAPABILITY=avx2 in one without, or where machines share a folder.
+    folder = f"torchinductor_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@contextlib.contextmanager
+def float64():
+    """Whatever is made here, or cast by ``float()``, has 64 bits.
+
+    There, rounding is too small to hide a fault, to change the order of two scores, or to move a number over a limit,
+    on any CPU: between equal computations results may differ by 1e-13 of their size, not by 1e-5 as in 32 bits.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def use_float64(generator: TorchvisionGenerator) -> None:
+    """Torchvision's default boxes, whose sides it would have in 32 bits."""
+    generator._wh_pairs = generator._generate_wh_pairs(len(generator.aspect_ratios), dtype=torch.float64)
 
 
 def launcher(processes: int) -> list[str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import tiny
+
 import evaluate
 import failures
 import ssd
@@ -53,6 +55,7 @@ def sabotage(moment: str, call: int, what: str, replace=setattr) -> None:
 
 if __name__ == "__main__":
     rank, moment, call, what, *flags = sys.argv[1:]
+    ssd.MODELS["tiny"] = tiny.MODEL
     is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if is_restart and os.environ["RANK"] == "0":
         time.sleep(5)

@@ -44,7 +44,7 @@ def test_a_box_is_no_offset_from_itself():
 
 
 def test_equal_to_torchvision():
-    boxes, default_boxes, offsets = random_boxes(30), random_boxes(30), torch.randn(30, 4)
+    boxes, default_boxes, offsets = (x.double() for x in (random_boxes(30), random_boxes(30), torch.randn(30, 4)))
     theirs = TorchvisionBoxCoder((10.0, 10.0, 5.0, 5.0))
     torch.testing.assert_close(BoxCoder().encode(boxes, default_boxes), theirs.encode_single(boxes, default_boxes))
     torch.testing.assert_close(BoxCoder().decode(offsets, default_boxes), theirs.decode_single(offsets, default_boxes))

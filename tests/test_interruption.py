@@ -14,8 +14,10 @@ import torch
 from conftest import ROOT, SMALL, children_of, launcher
 from sabotage import sabotage
 from test_resume import assert_equal_states, load
+from tiny import MODEL, TINY
 
 import interruption
+import ssd
 import train
 from checkpoints import read_checkpoint, step_of
 from failures import EXIT_INTERRUPTED, EXIT_NOT_FINITE, Interrupted
@@ -24,9 +26,16 @@ from interruption import MARKER, TIME_IS_UP, Interruption
 STEPS = 6  # one epoch of four, and half of the next
 
 
-def arguments(data_path, output_dir, *flags) -> list[str]:
+def arguments(data_path, output_dir, *flags, model=TINY) -> list[str]:
     every = ["--data-path", data_path, "--epochs", 2, "--max-steps", STEPS, "--workers", 0, "--output-dir", output_dir]
-    return [str(argument) for argument in [*SMALL, *every, *flags]]
+    return [str(argument) for argument in [*model, *every, *flags]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_model():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ssd.MODELS, "tiny", MODEL)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +120,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
 
 def test_a_terminal_that_is_gone_does_not_keep_a_run_from_its_checkpoint(data_path, tmp_path):
     terminal, end = os.openpty()
-    command = ["train.py", *arguments(data_path, tmp_path, "--print-freq", 1)]
+    command = ["train.py", *arguments(data_path, tmp_path, "--print-freq", 1, model=SMALL)]
     process = subprocess.Popen(
         [*launcher(1), *command], cwd=ROOT, stdin=end, stdout=end, stderr=end, start_new_session=True
     )
@@ -177,7 +186,7 @@ def lines_until(process: subprocess.Popen, text: str) -> list[str]:
 
 def test_a_signal_to_all_processes_of_a_run_leaves_the_loader_workers_at_work(data_path, tmp_path):
     """As Ctrl-C in a terminal and SLURM send it; torchrun's reaches the whole group of each process, too."""
-    process = start("train.py", *arguments(data_path, tmp_path, "--workers", 2, "--print-freq", 1))
+    process = start("train.py", *arguments(data_path, tmp_path, "--workers", 2, "--print-freq", 1, model=SMALL))
     lines_until(process, "Epoch: [0]  [2/4]")
     os.killpg(process.pid, signal.SIGTERM)
     code, console = finish(process, 30)
@@ -191,12 +200,12 @@ def test_a_signal_to_all_processes_of_a_run_leaves_the_loader_workers_at_work(da
 def undisturbed_pair(run, data_path, tmp_path_factory):
     """What two processes make of the same flags."""
     output_dir = tmp_path_factory.mktemp("pair")
-    run("train.py", *arguments(data_path, output_dir), processes=2)
+    run("tests/tiny.py", *arguments(data_path, output_dir), processes=2)
     return output_dir
 
 
 def goes_on(run, data_path, output_dir, undisturbed_pair) -> None:
-    run("train.py", *arguments(data_path, output_dir, "--resume", "auto"), processes=2)
+    run("tests/tiny.py", *arguments(data_path, output_dir, "--resume", "auto"), processes=2)
     assert_equal_states(output_dir / "checkpoint.pth", undisturbed_pair / "checkpoint.pth")
     assert scores(output_dir) == scores(undisturbed_pair)
 
@@ -218,7 +227,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
 def test_a_signal_to_torchrun_stops_all(data_path, tmp_path):
     """Meanwhile the run listens on the loopback interface only; torchrun's own socket is another matter."""
     command = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "train.py"]
-    process = start(*command, *arguments(data_path, tmp_path, "--workers", 1, "--print-freq", 1), processes=2)
+    flags = arguments(data_path, tmp_path, "--workers", 1, "--print-freq", 1, model=SMALL)
+    process = start(*command, *flags, processes=2)
     lines_until(process, "Epoch: [0]  [1/2]")
     ranks = children_of(process.pid)
     addresses = [address for pid in ranks for address in listening_addresses(pid)]
@@ -256,7 +266,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_it_is_saved(d
     assert "step 4: the loss classification is nan, images [" in line
     assert f"(kept in {path})" in line
     kept = load(path)
-    assert [batch["image"].shape for batch in kept["batches"]] == [(1, 3, 300, 300)]  # the second of its two
+    assert [batch["image"].shape for batch in kept["batches"]] == [(1, 3, 64, 64)]  # the second of its two
     named = json.loads(line.split("images ")[1].split(" (kept")[0])
     assert named == [i for batch in kept["batches"] for i in batch["image_id"]]
     assert math.isnan(kept["losses"][0]["classification"])
@@ -280,7 +290,7 @@ def test_gradients_that_are_not_finite_stop_a_run(data_path, tmp_path, monkeypat
 
 
 def test_a_full_disk_ends_all_processes_and_keeps_the_last_checkpoint(run, data_path, tmp_path):
-    flags = arguments(data_path, tmp_path, "--resume", "auto", "--checkpoint-freq", 1)
+    flags = arguments(data_path, tmp_path, "--resume", "auto", "--checkpoint-freq", 1, model=SMALL)
     run("train.py", *flags, "--max-steps", 2, processes=2)
     (tmp_path / "checkpoint.pth.tmp").symlink_to("/dev/full")
     process = start("train.py", *flags, "--print-freq", 1, processes=2)
@@ -312,7 +322,7 @@ def test_a_process_that_fails_ends_the_others(data_path, tmp_path):
     subprocess.run(["cp", "-r", str(data_path), str(copy)], check=True)
     bad = sorted((copy / "train2017").iterdir())[5]
     bad.write_bytes(b"")
-    code, console = finish(start("train.py", *arguments(copy, tmp_path / "out"), processes=2), 90)
+    code, console = finish(start("train.py", *arguments(copy, tmp_path / "out", model=SMALL), processes=2), 90)
     assert code == 1
     errors = [line for line in console.splitlines() if line.startswith("train.py: error")]
     assert len(errors) == 2

@@ -49,6 +49,7 @@ def built():
             "rates": [group["lr"] * factor(epoch * STEPS_PER_EPOCH + 1500) for epoch in range(args.epochs)],
         }
 
+    torch.manual_seed(0)  # whichever tests came before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssd.backbones, "load_state_dict", random_weights)
         yield {name: build(name) for name in presets.RECIPES}

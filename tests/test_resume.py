@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT, SMALL
+from tiny import MODEL, TINY
 
 import ssd
 import train
@@ -29,6 +30,7 @@ def train_to(data_path, monkeypatch):
         return forward(self, batch)
 
     monkeypatch.setattr(train.BatchLosses, "forward", recording_forward)
+    monkeypatch.setitem(ssd.MODELS, "tiny", MODEL)
 
     def run(step: int, output_dir, *flags) -> list[list[int]]:
         seen.clear()
@@ -49,18 +51,20 @@ def assert_equal_states(first, second) -> None:
 @pytest.mark.parametrize(
     ("flags", "last_step", "steps_on"),
     [
-        ([], 7, 7),
-        (["--amp"], 6, 1),
-        (["--amp", "fp16"], 2, 1),  # very slow on a CPU
-        (["--accumulate", 2], 5, 1),
-        (["--opt", "adamw", "--lr-scheduler", "cosineannealinglr"], 6, 1),
+        ([], 6, 1),
+        (TINY, 7, 7),
+        ([*TINY, "--amp"], 7, 7),
+        ([*TINY, "--amp", "fp16"], 7, 7),
+        ([*TINY, "--accumulate", 2], 7, 7),
+        ([*TINY, "--opt", "adamw", "--lr-scheduler", "cosineannealinglr"], 7, 7),
     ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+    ids=["resnet18", "tiny", "bf16", "fp16", "accumulate", "adamw"],
 )
 def test_from_every_step(train_to, tmp_path, flags, last_step, steps_on):
     """With warm-up (three steps), order, augmentation and momentum under way, and in another number of workers.
 
-    Where ``steps_on`` is less than what is left, the later steps follow from those that began with them.
+    Where ``steps_on`` is less than what is left, the later steps follow from those that began with them. What the flags
+    add to the state is the same for every network.
     """
     batches_per_step = 2 if "--accumulate" in flags else 1
     whole = tmp_path / "whole"
@@ -83,6 +87,7 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import ssd
 import test_resume
 import train
 import utils
@@ -105,6 +110,7 @@ def main(output_dir, arguments):
         return list(seen)
 
     train.BatchLosses.forward = recording_forward
+    ssd.MODELS["tiny"] = test_resume.MODEL
     whole = run(5, "whole", "--workers", "0", "--checkpoint-freq", "1", "--keep", "99")
     for step in range(1, 5):
         path = output_dir / f"whole/checkpoint_{{step}}.pth"
@@ -122,7 +128,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("flags", [[], ["--amp", "--accumulate", "2", "--batch-size", "1"]], ids=["", "accumulate"])
+@pytest.mark.parametrize(
+    "flags", [[], [*TINY, "--amp", "--accumulate", "2", "--batch-size", "1"]], ids=["resnet18", "accumulate"]
+)
 def test_from_every_step_with_two_processes(run, data_path, tmp_path, flags):
     (tmp_path / "script.py").write_text(TWO_PROCESSES.format(root=str(ROOT)))
     arguments = [*SMALL, "--data-path", data_path, "--eval-freq", 0, "--epochs", 9, *flags]
@@ -183,7 +191,7 @@ def first_step(data_path, tmp_path_factory):
 
 def test_a_checkpoint_of_the_first_version_still_continues(train_to, tmp_path):
     """Without a hash, --accumulate and what else came later."""
-    flags = ["--workers", 0, "--model", "ssd300_vgg16"]
+    flags = ["--workers", 0, "--model", "ssd300_vgg11", "--batch-size", 1]
     train_to(1, tmp_path / "new", *flags)
     old = load(tmp_path / "new/checkpoint.pth") | {"version": 1}
     del old["overflows"]

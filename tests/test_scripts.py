@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, pycocotools_stats
 from PIL import Image
+from tiny import TINY
 from torchvision.models.detection import ssd300_vgg16 as torchvision_ssd300_vgg16
 from torchvision.transforms.functional import to_tensor
 
@@ -93,14 +94,18 @@ def test_tensorboard_has_scalars_and_pictures(trained):
 
 def evaluation_of(trained, data_path, output_dir) -> list:
     command = ["evaluate.py", "--checkpoint", trained[0] / "checkpoint.pth", "--data-path", data_path]
-    return [*command, "--device", "cpu", "--workers", 0, "--batch-size", 2, "--output-dir", output_dir]
+    return [*command, "--device", "cpu", "--workers", 0, "--batch-size", 3, "--output-dir", output_dir]
 
 
 def test_results_do_not_depend_on_the_number_of_processes(run, trained, data_path, tmp_path, monkeypatch):
-    """Seven images do not divide evenly among processes and batches, and none may be lost or come twice."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as under torchrun: rounding depends on the threads of a process
+    """Seven images do not divide evenly among processes, and none may be lost or come twice.
+
+    Each is a batch of its own, for rounding may depend on what else is in a batch; and on the threads of a process.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as under torchrun
     for processes in (1, 2, 3):
-        run(*evaluation_of(trained, data_path, tmp_path / str(processes)), "--val-loss", processes=processes)
+        command = [*evaluation_of(trained, data_path, tmp_path / str(processes)), "--val-loss", "--batch-size", 1]
+        run(*command, processes=processes)
     for name in ("metrics.json", "detections.json"):
         one, two, three = ((tmp_path / folder / name).read_text() for folder in "123")
         assert one == two == three
@@ -108,6 +113,7 @@ def test_results_do_not_depend_on_the_number_of_processes(run, trained, data_pat
 
 
 def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained, data_path, tmp_path):
+    """The same batches in as many threads are computed alike; seven images do not fill the last one."""
     console = run(*evaluation_of(trained, data_path, tmp_path), "--pictures", 2, "--pictures-by", "random").stdout
     drawn = {path.name for path in (tmp_path / "pictures").glob("[0-9]*")}
     assert len(drawn) == 2
@@ -115,7 +121,7 @@ def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained,
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     in_training = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[-1])
     assert {name: metrics[name] for name in coco_eval.METRICS} == pytest.approx(
-        {name: in_training[name] for name in coco_eval.METRICS}, abs=1e-3
+        {name: in_training[name] for name in coco_eval.METRICS}, abs=1e-12
     )
     assert metrics["counts"]["images"] == 7
     assert coco_eval.format_table(metrics) in console
@@ -176,14 +182,22 @@ def make_noise_data(root) -> None:
     (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
 
 
-def in_order(boxes, scores, labels) -> np.ndarray:
-    """Detections as rows of label, box and score, in an order that does not hang on the last digit of a score."""
-    rows = np.column_stack([labels, boxes, scores]).astype(float)
-    return rows[np.lexsort(rows[:, :5].round(1).T[::-1])]
+def count_missing(found: np.ndarray, expected: np.ndarray) -> int:
+    """How many ``expected`` rows of label, box and score are not ``found``, but for rounding in float32.
+
+    That makes boxes of 300 pixels differ by 1e-4 and scores by 3e-6, where it is most; two that are not the same one
+    differ by some pixels.
+    """
+    difference = np.abs(found[:, None] - expected[None])
+    same = (difference <= (0, *[0.02] * 4, 1e-4)).all(axis=2)
+    return int((same.sum(axis=0) != 1).sum())
 
 
 def test_weights_of_torchvision_give_its_detections(tmp_path):
-    """A state dict saved by torchvision, on the same JPEG files."""
+    """A state dict saved by torchvision, on the same JPEG files; test_model.py shows equality in float64.
+
+    In float32 rounding may decide which of two boxes suppresses the other, or which is the last of the best 200.
+    """
     make_noise_data(tmp_path)
     torch.manual_seed(3)
     theirs = torchvision_ssd300_vgg16(weights=None, weights_backbone=None, num_classes=7).eval()
@@ -207,11 +221,12 @@ def test_weights_of_torchvision_give_its_detections(tmp_path):
         ours = [result for result in found if result["image_id"] == image_id]
         boxes = np.array([result["bbox"] for result in ours])
         boxes[:, 2:] += boxes[:, :2]
-        rows = in_order(boxes, [result["score"] for result in ours], [result["category_id"] for result in ours])
-        reference = in_order(expected["boxes"], expected["scores"], expected["labels"])
-        assert np.array_equal(rows[:, 0], reference[:, 0])
-        np.testing.assert_allclose(rows[:, 1:5], reference[:, 1:5], rtol=0, atol=1e-2)
-        np.testing.assert_allclose(rows[:, 5], reference[:, 5], rtol=0, atol=1e-5)
+        scores, labels = ([result[key] for result in ours] for key in ("score", "category_id"))
+        rows = np.column_stack([labels, boxes, scores])
+        reference = np.column_stack([expected[key].double() for key in ("labels", "boxes", "scores")])
+        may_flip = len(reference) // 50
+        assert count_missing(rows, reference) <= may_flip
+        assert count_missing(reference, rows) <= may_flip
 
 
 def train_steps(data_path, output_dir, *flags) -> dict:
@@ -362,11 +377,13 @@ def test_fewer_processes_that_accumulate_take_the_same_steps(run, data_path, tmp
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_processes_take_the_steps_of_plain_ones(run, data_path, tmp_path):
-    command = ["train.py", *SMALL[:-1], 2, "--data-path", data_path, "--eval-freq", 0, "--workers", 0]
+    """Of a tiny model; that those of the family compile as a whole, test_train.py shows."""
+    command = ["tests/tiny.py", *TINY[:-1], 2, "--data-path", data_path, "--eval-freq", 0, "--workers", 0]
     command += ["--accumulate", 2, "--max-steps", 2, "--print-freq", 1]
     losses = []
     for name, extra in (("plain", []), ("compiled", ["--compile"])):
-        run(*command, *extra, "--output-dir", tmp_path / name, processes=2)
+        console = run(*command, *extra, "--output-dir", tmp_path / name, processes=2).stdout
+        assert ("Compiling" in console) == bool(extra)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

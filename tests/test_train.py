@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,11 +37,11 @@ def make_batch(preset: presets.DetectionPresetTrain, num_boxes: tuple[int, ...] 
     return coco_utils.collate(samples, NUM_SLOTS)
 
 
-def make_batch_losses(amp: bool = False) -> train.BatchLosses:
+def make_batch_losses(amp: bool = False, make_model=ssd.MODELS["ssd300_resnet18"]) -> train.BatchLosses:
     torch.manual_seed(0)
-    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=NUM_CLASSES).train()
+    model = make_model(weights_backbone=None, num_classes=NUM_CLASSES).train()
     model.to(memory_format=execution.memory_format(torch.device("cpu")))
-    preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=300)
+    preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=model.size)
     return train.BatchLosses(model, preset, torch.autocast("cpu", torch.bfloat16, enabled=amp))
 
 
@@ -84,18 +85,24 @@ def test_the_check_for_waits_finds_copies(monkeypatch, constants):
         run_step_on_meta()
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_one_graph_serves_all_batches_with_the_losses_and_gradients_of_eager_mode(amp):
-    """The numbers of boxes differ between batches; a second graph, or one in parts, is an error."""
+@pytest.mark.parametrize(
+    ("amp", "make_model"), [(False, ssd.MODELS["ssd300_resnet18"]), (True, tiny.MODEL)], ids=["", "bf16"]
+)
+def test_one_graph_serves_all_batches_with_the_losses_and_gradients_of_eager_mode(amp, make_model):
+    """The numbers of boxes differ between batches; a second graph, or one in parts, is an error.
+
+    ``--amp`` with a tiny model, for it concerns each layer by itself, and takes long on a CPU that has no bfloat16.
+    """
     torch._dynamo.reset()
-    batch_losses, compiled = make_batch_losses(amp), make_batch_losses(amp)
+    batch_losses, compiled = make_batch_losses(amp, make_model), make_batch_losses(amp, make_model)
     compiled.compile(backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for num_boxes in ((1, 4), (NUM_SLOTS, 0)):
             batch = make_batch(batch_losses.preset, num_boxes)
             losses, gradients = losses_and_gradients(batch_losses, batch)
             compiled_losses, compiled_gradients = losses_and_gradients(compiled, batch)
-            torch.testing.assert_close(compiled_losses, losses)
+            # a sum of 1e4 terms in another order is off by up to 1e-5; objects of another batch make another loss
+            torch.testing.assert_close(compiled_losses, losses, rtol=1e-4, atol=0)
             for name, gradient in gradients.items():
                 torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -103,10 +110,11 @@ def test_one_graph_serves_all_batches_with_the_losses_and_gradients_of_eager_mod
 def test_bf16_gives_the_losses_and_gradients_of_float32():
     """Roughly, as the weights are random; benchmarks/precision.py compares each layer of a real VGG."""
     plain, half = make_batch_losses(), make_batch_losses(amp=True)
-    batch = make_batch(plain.preset, (2, 3, 4, 5))
+    batch = make_batch(plain.preset, (3, 5))
     losses, gradients = losses_and_gradients(plain, batch)
     half_losses, half_gradients = losses_and_gradients(half, batch)
-    torch.testing.assert_close(half_losses, losses, rtol=0.01, atol=0)
+    # bfloat16 rounds by up to 0.2 % in each layer, of which 0.13 % are left on average, and a cosine of 0.99
+    torch.testing.assert_close(half_losses, losses, rtol=0.02, atol=0)
     all_gradients = [torch.cat([one[name].flatten() for name in gradients]) for one in (gradients, half_gradients)]
     assert F.cosine_similarity(*all_gradients, dim=0) > 0.95
 

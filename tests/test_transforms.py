@@ -106,7 +106,9 @@ def test_evaluation_resizes_like_interpolate_without_rounding(height, width):
     image = make_image(height, width)
     pixels, coverage = T.resample(image, View(0, 0, width, height), 300, np.float32)
     expected = F.interpolate(to_tensor(image)[None].float(), size=(300, 300), mode="bilinear")[0]
-    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-3)
+    # Up to 900 pixels, positions round by 3e-5; where a CPU multiplies and adds at once, interpolate's round otherwise,
+    # and 3e-5 from black to white is 0.008. Rounded pixels would be off by 0.5.
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=0.02)
     assert (coverage == 1).all()
 
 
@@ -238,7 +240,8 @@ def test_a_batch_is_distorted_image_by_image():
     batch = {name: torch.stack([torch.as_tensor(parameters[name]) for parameters in drawn]) for name in drawn[0]}
     together = P.RandomPhotometricDistort.distort(torch.stack([to_tensor(image) for image in images]).float(), batch)
     for image, parameters, result in zip(images, drawn, together, strict=True):
-        torch.testing.assert_close(result, our_distortion(image, parameters))
+        # levels, which some ten operations round by 1e-5 each where the end of a row is computed by other instructions
+        torch.testing.assert_close(result, our_distortion(image, parameters), rtol=0, atol=1e-2)
 
 
 def test_contrast_pivots_on_the_mean_of_the_whole_source_image():
