@@ -12,12 +12,15 @@ commands printed, results.jsonl their figures. Last come a table and one JSON ob
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,198 +32,190 @@ LARGEST_TABLE = 9000  # characters
 
 @dataclass(frozen=True)
 class Step:
-    """Commands that run beside each other: by name, what Python gets; and the seconds after which they are ended."""
+    """Commands for Python, by name, that run beside each other, and the seconds after which they are ended."""
 
     name: str
     limit: float
-    commands: dict[str, list]
+    commands: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """How large everything is. Texts are what stands on a command line."""
 
-    batches: tuple[int, ...]  # whose variants start all at once
-    large_batches: tuple[int, ...]  # for which memory is too small for that
-    postprocessed_batches: tuple[int, ...]
-    modes: tuple[str, ...]
-    graphs: str  # the mode for small batches
+    batches: str  # whose variants start all at once
+    large_batches: str  # for which memory is too small for that
+    postprocessed_batches: str
+    smallest: int
+    middle: int
+    largest: int
+    compiled: str  # modes of train_step.py
+    graphs: str
     step_model: str  # where torchvision's is not measured beside it
-    step: tuple  # flags of train_step.py
-    profiled_steps: int
+    steps: int
     rounds: int
     test_workers: int
     files: int
     loader_workers: int
     steps_from_files: tuple[int, int]  # of the largest batch, and of the smallest
-    training: tuple  # flags of train.py
+    training: str
 
 
 FULL = Scale(
-    batches=(4, 8, 32),
-    large_batches=(64, 128),
-    postprocessed_batches=(16, 128),
-    modes=("eager", "default"),
+    batches="4 8 32",
+    large_batches="64 128",
+    postprocessed_batches="16 128",
+    smallest=4,
+    middle=32,
+    largest=128,
+    compiled="default",
     graphs="reduce-overhead",
     step_model="ssd300_vgg16",
-    step=("--steps", 20),
-    profiled_steps=10,
+    steps=20,
     rounds=3,
     test_workers=3,
     files=500,
     loader_workers=16,
     steps_from_files=(160, 400),
-    training=("--model", "ssd300_vgg16", "--batch-size", 16),
+    training="--model ssd300_vgg16 --batch-size 16",
 )
 MINIATURE = Scale(
-    batches=(1,),
-    large_batches=(2,),
-    postprocessed_batches=(1,),
-    modes=("eager",),
+    batches="1",
+    large_batches="2",
+    postprocessed_batches="1",
+    smallest=1,
+    middle=1,
+    largest=2,
+    compiled="eager",
     graphs="eager",
     step_model="ssd300_resnet18",
-    step=("--steps", 1),
-    profiled_steps=1,
+    steps=1,
     rounds=1,
     test_workers=0,
     files=8,
     loader_workers=1,
     steps_from_files=(2, 2),
-    training=("--model", "ssd300_resnet18", "--batch-size", 2, "--max-steps", 2),
+    training="--model ssd300_resnet18 --batch-size 2 --max-steps 2",
 )
 
 
-def list_steps(scale: Scale, work: Path, weights_backbone: str, data_path: Path | None) -> list[Step]:
-    """What is done in which order, in the folder ``work``."""
-    small, large, compiled = scale.batches[0], scale.large_batches[-1], scale.modes[-1]
-    modes = dict.fromkeys((*scale.modes, scale.graphs))
-    train_step = ["benchmarks/train_step.py", "--precision", "bf16", *scale.step]
-    alone = [*train_step, "--model", scale.step_model]
-    only_compiled = [*alone, "--rounds", 0, "--warm-up", 1, "--at-once", 4]
-    timed = ["--rounds", scale.rounds, "--at-once"]
-    profiled = ["--profile", scale.profiled_steps]
-    combined = ["--batch-size", small, "--modes", compiled, "--levers", "combo-kernels"]
-    padded = ["--batch-size", large, "--modes", compiled, "--levers", "padded-heads"]
-    tests = ["-m", "pytest", "-n", scale.test_workers, "tests/test_gpu.py", "-k"]
-    data = ["--data-path", data_path] if data_path else ["--dataset", "shapes", "--data-path", work / "shapes"]
-    training = ["train.py", *data, "--weights-backbone", weights_backbone, "--output-dir", work / "trained", "--amp"]
-    training += ["--lr", 0.0005, "--workers", min(4, scale.loader_workers), "--print-freq", 5, *scale.training]
-    from_files = ["benchmarks/end_to_end.py", "--drawn", work / "drawn", "--files", scale.files, "--amp"]
-    from_files += ["--model", scale.step_model, "--workers", scale.loader_workers]
-
-    def alone_with(*arguments) -> dict[str, list]:
-        return {"": list(arguments)}
-
+def list_steps(scale: Scale, work: Path, weights_backbone: str, data: str) -> list[Step]:
+    """What is done, in its order, in the folder ``work``; ``data`` are the flags of train.py that name photographs."""
+    training = f"train.py {data} {scale.training} --weights-backbone {weights_backbone} --amp --lr 0.0005"
+    training += f" --output-dir {work}/trained --workers 1 --print-freq 5 --lr-steps 2 --epochs"
+    machine = {
+        "ceilings": "benchmarks/ceilings.py",
+        "drawing": f"benchmarks/coco_like.py {work}/drawn --files {scale.files}",
+    }
     return [
-        Step(
-            "machine",
-            60,
-            {
-                "ceilings": ["benchmarks/ceilings.py"],
-                "drawing": ["benchmarks/coco_like.py", work / "drawn", "--files", scale.files],
-            },
-        ),
-        Step(
-            "right, and compiled",
-            170,
-            {
-                "tests": [*tests, "not compile"],
-                "compiled tests": [*tests, "compile"],
-                "training": [*training, "--epochs", 2, "--lr-steps", 2],
-                "compiling": [
-                    *only_compiled,
-                    "--batch-size",
-                    *scale.batches,
-                    "--modes",
-                    *dict.fromkeys((compiled, scale.graphs)),
-                ],
-                "compiling, large": [*only_compiled, "--batch-size", *scale.large_batches, "--modes", compiled],
-                "compiling, combined": [*only_compiled, *combined],
-                "compiling, padded": [*only_compiled, *padded],
-            },
-        ),
-        Step("goes on", 40, alone_with(*training, "--epochs", 3, "--lr-steps", 2, "--resume", "auto")),
-        Step("convolutions", 40, alone_with("benchmarks/ceilings.py", "--convolutions", "--batch-size", large)),
-        Step(
-            "step",
-            120,
-            alone_with(
-                *(*train_step, "--batch-size", *scale.batches, *timed, 16, *profiled),
-                *("--modes", *modes, "--peer", "fp32", "amp"),
-            ),
-        ),
-        Step(
-            "step, large batches",
-            100,
-            alone_with(
-                *(*train_step, "--batch-size", *scale.large_batches, *timed, 3, *profiled),
-                *("--modes", *scale.modes, "--peer", "amp"),
-            ),
-        ),
-        Step("step in float32", 50, alone_with(*alone, "--batch-size", scale.batches[-1], "--precision", "fp32")),
-        Step("combined kernels", 50, alone_with(*alone, *timed, 2, *combined)),
-        Step("padded heads, all plans", 60, alone_with(*alone, *timed, 3, *padded, "benchmark-limit-0")),
-        Step(
-            "post-processing",
-            60,
-            alone_with(
-                *("benchmarks/postprocess.py", "--batch-size", *scale.postprocessed_batches),
-                *("--rounds", scale.rounds, "--predictions", "trained", "collapsed"),
-            ),
-        ),
-        Step(
-            "loss",
-            60,
-            alone_with("benchmarks/loss.py", "--batch-size", scale.batches[-1], "--rounds", scale.rounds),
-        ),
-        *(
-            Step(
-                f"files to weights, batch {size}",
-                90,
-                alone_with(
-                    *(*from_files, "--batch-size", size, "--steps", number),
-                    *(() if mode == "eager" else ("--compile", mode)),
-                ),
-            )
-            for size, mode, number in zip((large, small), (compiled, scale.graphs), scale.steps_from_files, strict=True)
-        ),
+        Step("machine", 60, machine),
+        Step("right, and compiled", 170, {"training": f"{training} 2", **list_checks(scale)}),
+        Step("goes on", 40, {"": f"{training} 3 --resume auto"}),
+        *list_step_measurements(scale),
+        *list_other_measurements(scale, work),
     ]
+
+
+def variant_flags(scale: Scale) -> tuple[str, str]:
+    """What train_step.py gets to compare levers with; what they need to be compiled, beside all else that is."""
+    combined = f"--batch-size {scale.smallest} --modes {scale.compiled} --levers combo-kernels"
+    padded = f"--batch-size {scale.largest} --modes {scale.compiled} --levers padded-heads"
+    return combined, padded
+
+
+def list_checks(scale: Scale) -> dict[str, str]:
+    """The tests, and what fills the cache of compiled code for the measurements."""
+    tests = f"-m pytest -n {scale.test_workers} tests/test_gpu.py -k"
+    compiling = (
+        f"benchmarks/train_step.py --precision bf16 --model {scale.step_model} --rounds 0 --warm-up 1 --at-once 4"
+    )
+    combined, padded = variant_flags(scale)
+    return {
+        "tests": f"{tests} 'not compile'",
+        "compiled tests": f"{tests} compile",
+        "compiling": f"{compiling} --batch-size {scale.batches} --modes {scale.compiled}",
+        "compiling graphs": f"{compiling} --batch-size {scale.batches} --modes {scale.graphs}",
+        "compiling, large": f"{compiling} --batch-size {scale.large_batches} --modes {scale.compiled}",
+        "compiling, combined": f"{compiling} {combined}",
+        "compiling, padded": f"{compiling} {padded}",
+    }
+
+
+def list_step_measurements(scale: Scale) -> list[Step]:
+    """Convolutions alone, steps of both sides with their profiles, and the levers."""
+    train_step = f"benchmarks/train_step.py --precision bf16 --steps {scale.steps}"
+    alone = f"{train_step} --model {scale.step_model}"
+    rounds, profile = f"--rounds {scale.rounds}", f"--profile {min(10, scale.steps)}"
+    modes = " ".join(dict.fromkeys(("eager", scale.compiled, scale.graphs)))
+    small = f"--batch-size {scale.batches} --modes {modes} --peer fp32 amp --at-once 16"
+    large = f"--batch-size {scale.large_batches} --modes eager {scale.compiled} --peer amp --at-once 3"
+    combined, padded = variant_flags(scale)
+    return [
+        Step("convolutions", 40, {"": f"benchmarks/ceilings.py --convolutions --batch-size {scale.largest}"}),
+        Step("step", 120, {"": f"{train_step} {small} {rounds} {profile}"}),
+        Step("step, large batches", 100, {"": f"{train_step} {large} {rounds} {profile}"}),
+        Step("step in float32", 50, {"": f"{alone} --batch-size {scale.middle} --precision fp32"}),
+        Step("combined kernels", 50, {"": f"{alone} {combined} {rounds} --at-once 2"}),
+        Step("padded heads, all plans", 60, {"": f"{alone} {padded} benchmark-limit-0 {rounds} --at-once 3"}),
+    ]
+
+
+def list_other_measurements(scale: Scale, work: Path) -> Iterator[Step]:
+    """Post-processing, the loss, and training from files."""
+    rounds = f"--rounds {scale.rounds}"
+    postprocess = f"benchmarks/postprocess.py {rounds} --predictions trained collapsed"
+    yield Step("post-processing", 60, {"": f"{postprocess} --batch-size {scale.postprocessed_batches}"})
+    yield Step("loss", 60, {"": f"benchmarks/loss.py {rounds} --batch-size {scale.middle}"})
+    from_files = f"benchmarks/end_to_end.py --drawn {work}/drawn --files {scale.files} --model {scale.step_model} --amp"
+    from_files += f" --workers {scale.loader_workers}"
+    sizes, modes = (scale.largest, scale.smallest), (scale.compiled, scale.graphs)
+    for size, mode, number in zip(sizes, modes, scale.steps_from_files, strict=True):
+        compiles = "" if mode == "eager" else f"--compile {mode}"
+        command = f"{from_files} --batch-size {size} --steps {number} {compiles}"
+        yield Step(f"files to weights, batch {size}", 90, {"": command})
 
 
 def run_step(step: Step, output_dir: Path, environment: dict[str, str], limit: float) -> list[dict]:
     """Runs the commands beside each other, until they or the ``limit`` in seconds end; returns what came of each."""
+    lock = threading.Lock()
+
+    def run(name: str) -> dict:
+        title = f"{step.name}: {name}" if name else step.name
+        result, text = run_command(step.commands[name], environment, limit)
+        with lock, open(output_dir / "log.txt", "a") as log, open(output_dir / "results.jsonl", "a") as file:
+            log.write(f"\n$ python {step.commands[name]}\n{text}\n[{title}: {result['outcome']}]\n")
+            file.write(json.dumps({"step": title, **result}) + "\n")
+            print(f"{result['seconds']:6.1f} s  {title}: {result['outcome']}", flush=True)
+        return {"step": title, **result}
+
+    with ThreadPoolExecutor(len(step.commands)) as threads:
+        return list(threads.map(run, step.commands))
+
+
+def run_command(command: str, environment: dict[str, str], limit: float) -> tuple[dict, str]:
+    """What came of a command, at the latest after ``limit`` seconds, and all that it printed."""
     begin = time.monotonic()
-    running = {}
-    for name, arguments in step.commands.items():
-        output = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, *map(str, arguments)]
+    with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            [sys.executable, *shlex.split(command)],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        running[name] = process, output
-    results = []
-    for name, (process, output) in running.items():
         try:
-            code = process.wait(max(0.0, begin + limit - time.monotonic()))
+            code = process.wait(limit)
             outcome = "ok" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
             outcome = f"ended after {limit:.0f} s"
         end_group(process)
         output.seek(0)
         text = output.read()
-        command = " ".join(map(str, step.commands[name]))
-        title = f"{step.name}: {name}" if name else step.name
-        with open(output_dir / "log.txt", "a") as log:
-            log.write(f"\n$ python {command}\n{text}\n[{title}: {outcome}]\n")
-        result = {"step": title, "command": command, "outcome": outcome, "seconds": time.monotonic() - begin}
-        result["figures"] = last_json(text)
-        if outcome != "ok":
-            result["last lines"] = text.splitlines()[-5:]
-        with open(output_dir / "results.jsonl", "a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(f"{result['seconds']:6.1f} s  {title}: {outcome}", flush=True)
-        results.append(result)
-    return results
+    result = {"command": command, "outcome": outcome, "seconds": time.monotonic() - begin, "figures": last_json(text)}
+    if outcome != "ok":
+        result["last lines"] = text.splitlines()[-5:]
+    return result, text
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -284,9 +279,13 @@ def main() -> None:
         }
         if args.rehearse:
             environment |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-        weights = args.weights_backbone if args.weights_backbone == "none" else Path(args.weights_backbone).resolve()
-        data_path = args.data_path and args.data_path.resolve()
-        for step in list_steps(MINIATURE if args.rehearse else FULL, Path(folder), weights, data_path):
+        weights = args.weights_backbone
+        if weights != "none":
+            weights = shlex.quote(str(Path(weights).resolve()))
+        data = f"--dataset shapes --data-path {folder}/shapes"
+        if args.data_path:
+            data = f"--data-path {shlex.quote(str(args.data_path.resolve()))}"
+        for step in list_steps(MINIATURE if args.rehearse else FULL, Path(folder), weights, data):
             left = 60 * args.minutes - (time.monotonic() - begin)
             if left > 0:
                 results += run_step(step, args.output_dir, environment, min(step.limit, max(left, 30)))

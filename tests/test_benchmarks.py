@@ -28,7 +28,7 @@ def test_the_run_for_a_gpu_is_rehearsed(run, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["failed"] == []
     assert json.loads(console.splitlines()[-1]) == {key: report[key] for key in report if key != "results"}
-    expected = on_gpu.list_steps(on_gpu.MINIATURE, tmp_path, "none", None)
+    expected = on_gpu.list_steps(on_gpu.MINIATURE, tmp_path, "none", "")
     assert len(report["results"]) == sum(len(step.commands) for step in expected)
     written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert written == report["results"]
@@ -46,7 +46,7 @@ def test_the_run_for_a_gpu_is_rehearsed(run, tmp_path):
 
 
 def test_the_full_run_has_the_same_steps(tmp_path):
-    full, miniature = (on_gpu.list_steps(scale, tmp_path, "none", None) for scale in (on_gpu.FULL, on_gpu.MINIATURE))
+    full, miniature = (on_gpu.list_steps(scale, tmp_path, "none", "") for scale in (on_gpu.FULL, on_gpu.MINIATURE))
     assert [step.commands.keys() for step in full] == [step.commands.keys() for step in miniature]
 
 
@@ -60,7 +60,7 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started_and_loses_nothing(tmp
         "time.sleep(600)\n"
     )
     (tmp_path / "broken.py").write_text("raise SystemExit('no luck')")
-    commands = {name: [f"{name}.py"] for name in ("quick", "slow", "broken")}
+    commands = {name: f"{name}.py" for name in ("quick", "slow", "broken")}
     begin = time.monotonic()
     results = on_gpu.run_step(on_gpu.Step("all", 5, commands), tmp_path, {}, limit=5)
     assert time.monotonic() - begin < 60
