@@ -78,7 +78,7 @@ def pytest_configure():
     # In PyTorch's cache of compiled graphs those for other instructions pass for one's own, and crash: after a run with
     # ATEN_CPU_CAPABILITY=avx2 in one without, or where machines share a folder.
     folder = f"torchinductor_{os.getuid()}_{torch.backends.cpu.get_cpu_capability()}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), folder)
 
 
 @pytest.fixture(autouse=True)
