@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 from conftest import SMALL
+from tiny import MODEL, TINY
 
 import check_data
+import ssd
 import train
 
 
@@ -89,7 +91,7 @@ def test_a_bad_image_ends_a_run_with_one_line(run, damaged, tmp_path, workers):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bad_images_are_skipped_counted_and_named(run, damaged, tmp_path, processes):
     root, faults = damaged
-    command = ["train.py", *SMALL, "--data-path", root, "--output-dir", tmp_path, "--workers", 2 - processes]
+    command = ["tests/tiny.py", *TINY, "--data-path", root, "--output-dir", tmp_path, "--workers", 2 - processes]
     command += ["--print-freq", 1]
     result = run(*command, "--on-bad-image", "skip", "--epochs", 2, processes=processes)
     *train_faults, val_fault = faults.items()
@@ -120,7 +122,7 @@ def test_evaluation_counts_what_it_skipped(run, damaged, tmp_path):
 
 def test_images_in_memory_train_the_same(run, data_path, tmp_path):
     """In two processes, with a worker each where the images must reach them."""
-    command = ["train.py", *SMALL, "--data-path", data_path, "--max-steps", 2, "--eval-freq", 0, "--print-freq", 1]
+    command = ["tests/tiny.py", *TINY, "--data-path", data_path, "--max-steps", 2, "--eval-freq", 0, "--print-freq", 1]
     losses = []
     for name, flags in (("disk", ["--workers", 0]), ("memory", ["--workers", 1, "--cache", "ram"])):
         run(*command, *flags, "--output-dir", tmp_path / name, processes=2)
@@ -167,9 +169,10 @@ def test_check_data_notes_what_training_leaves_out(data_path, tmp_path, capsys):
     assert f"note: {path}: 1 annotations have no area" in console
 
 
-def test_a_resumed_run_goes_on_counting_what_it_skips(damaged, tmp_path, capsys):
+def test_a_resumed_run_goes_on_counting_what_it_skips(damaged, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(ssd.MODELS, "tiny", MODEL)
     root, _ = damaged
-    command = [*SMALL, "--data-path", str(root), "--workers", "0", "--eval-freq", "0", "--on-bad-image", "skip"]
+    command = [*TINY, "--data-path", str(root), "--workers", "0", "--eval-freq", "0", "--on-bad-image", "skip"]
 
     def skipped_samples(output_dir, *flags) -> int:
         train.main(train.parse_args([*command, "--output-dir", str(output_dir), *flags]))
