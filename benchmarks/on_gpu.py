@@ -11,6 +11,7 @@ commands printed, results.jsonl their figures. Last come a table and one JSON ob
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -59,6 +60,7 @@ class Scale:
     loader_workers: int
     steps_from_files: tuple[int, int]  # of the largest batch, and of the smallest
     training: str
+    patience: int  # by which the limits of all steps are multiplied
 
 
 FULL = Scale(
@@ -78,10 +80,11 @@ FULL = Scale(
     loader_workers=16,
     steps_from_files=(160, 400),
     training="--model ssd300_vgg16 --batch-size 16",
+    patience=1,
 )
 MINIATURE = Scale(
     batches="1",
-    large_batches="2",
+    large_batches="1",
     postprocessed_batches="1",
     smallest=1,
     middle=1,
@@ -96,6 +99,7 @@ MINIATURE = Scale(
     loader_workers=1,
     steps_from_files=(2, 2),
     training="--model ssd300_resnet18 --batch-size 2 --max-steps 2",
+    patience=6,  # where a CPU is slow or busy, the rehearsal only takes longer
 )
 
 
@@ -263,12 +267,15 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("out/on_gpu"))
     parser.add_argument("--weights-backbone", default="none", help="VGG16's, a file (default: random ones)")
     parser.add_argument("--data-path", type=Path, help="photographs, in COCO's layout (default: drawn shapes)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no step begins (default: %(default)g)")
+    parser.add_argument(
+        "--minutes", type=float, help="after which no step begins (default: no limit)", default=math.inf
+    )
     parser.add_argument("--rehearse", action="store_true", help="all steps in miniature, without compilation")
     args = parser.parse_args()
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU here; --rehearse runs all steps in miniature")
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    scale = MINIATURE if args.rehearse else FULL
     begin, results = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         environment = {
@@ -285,10 +292,9 @@ def main() -> None:
         data = f"--dataset shapes --data-path {folder}/shapes"
         if args.data_path:
             data = f"--data-path {shlex.quote(str(args.data_path.resolve()))}"
-        for step in list_steps(MINIATURE if args.rehearse else FULL, Path(folder), weights, data):
-            left = 60 * args.minutes - (time.monotonic() - begin)
-            if left > 0:
-                results += run_step(step, args.output_dir, environment, min(step.limit, max(left, 30)))
+        for step in list_steps(scale, Path(folder), weights, data):
+            if time.monotonic() - begin < 60 * args.minutes:
+                results += run_step(step, args.output_dir, environment, scale.patience * step.limit)
             else:
                 print(f"left out, for want of time: {step.name}", flush=True)
     report = {

@@ -130,10 +130,10 @@ def children_of(pid: int) -> list[int]:
 def run():
     """Runs a script as a user does, and returns the finished process; ``processes`` starts it under torchrun."""
 
-    def run_script(*command, processes: int = 1, fails: bool = False) -> subprocess.CompletedProcess:
+    def run_script(*command, processes: int = 1, fails: bool = False, timeout=600) -> subprocess.CompletedProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} if processes > 1 else dict(os.environ)
         command = [*launcher(processes), *map(str, command)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment)
         assert (result.returncode != 0) == fails, result.stdout + result.stderr
         return result
 

@@ -24,7 +24,7 @@ import ssd
 
 def test_the_run_for_a_gpu_is_rehearsed(run, tmp_path):
     """Every step, in miniature: nothing of it meets its first error where time on a GPU is counted."""
-    console = run("benchmarks/on_gpu.py", "--rehearse", "--output-dir", tmp_path, "--minutes", 9).stdout
+    console = run("benchmarks/on_gpu.py", "--rehearse", "--output-dir", tmp_path, timeout=3000).stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["failed"] == []
     assert json.loads(console.splitlines()[-1]) == {key: report[key] for key in report if key != "results"}
