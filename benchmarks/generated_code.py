@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch._inductor.lowering  # decompositions look for it
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CudaInterface
@@ -104,7 +105,8 @@ def graphs_of(module: nn.Module, run: Callable[[], None]) -> list[fx.GraphModule
         graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    module.compile(backend=aot_autograd(fw_compiler=keep, decompositions=decomposition.select_decomp_table()))
+    backend = aot_autograd(fw_compiler=keep, decompositions=decomposition.select_decomp_table())
+    module.compile(backend=backend, fullgraph=True)
     run()
     return graphs
 

@@ -24,19 +24,24 @@ def test_a_device_gets_the_layout_that_it_is_fast_with(monkeypatch, device, capa
     assert execution.memory_format(torch.device(device)) == expected
 
 
+class Pools(nn.Module):
+    """Those that VGG has: two by two, rounded up, and three by three that keep the size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        pools = (nn.MaxPool2d(2), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, stride=1, padding=1))
+        self.pools = nn.Sequential(*pools)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.pools(self.conv(images).relu())
+
+
 def test_pools_are_compiled_without_atomic_additions():
-    """Of those that VGG has: two by two, rounded up, and three by three that keep the size."""
     pytest.importorskip("triton", reason="PyTorch without Triton writes no code for GPUs")
     from benchmarks.generated_code import code_for_gpu, count, graphs_of
 
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.MaxPool2d(2, ceil_mode=True),
-        nn.MaxPool2d(3, stride=1, padding=1),
-    )
-    net.to(memory_format=torch.channels_last)
+    net = Pools().to(memory_format=torch.channels_last)
     execution.compile_whole(net, "default")  # which is told, before anything is compiled
     graphs = graphs_of(net, lambda: net(torch.rand(2, 3, 33, 33)).sum().backward())
     forward, backward = map(code_for_gpu, graphs)
