@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import flags
 
-REPEATS = {"cpu": 2, "cuda": 20}
+REPEATS = {"cpu": 1, "cuda": 20}
 MATRIX_SIDE = {"cpu": 512, "cuda": 8192}
 COPIED_BYTES = {"cpu": 2**26, "cuda": 2**30}
 # name -> input channels, output channels, side of the map

@@ -50,6 +50,8 @@ class Scale:
     smallest: int
     middle: int
     largest: int
+    precision: str
+    peers: tuple[str, ...]  # torchvision's precisions, the last of which large batches get
     compiled: str  # modes of train_step.py
     graphs: str
     step_model: str  # where torchvision's is not measured beside it
@@ -70,6 +72,8 @@ FULL = Scale(
     smallest=4,
     middle=32,
     largest=128,
+    precision="bf16",
+    peers=("fp32", "amp"),
     compiled="default",
     graphs="reduce-overhead",
     step_model="ssd300_vgg16",
@@ -89,6 +93,8 @@ MINIATURE = Scale(
     smallest=1,
     middle=1,
     largest=2,
+    precision="fp32",  # which no CPU need emulate
+    peers=("fp32",),
     compiled="eager",
     graphs="eager",
     step_model="ssd300_resnet18",
@@ -105,8 +111,8 @@ MINIATURE = Scale(
 
 def list_steps(scale: Scale, work: Path, weights_backbone: str, data: str) -> list[Step]:
     """What is done, in its order, in the folder ``work``; ``data`` are the flags of train.py that name photographs."""
-    training = f"train.py {data} {scale.training} --weights-backbone {weights_backbone} --amp --lr 0.0005"
-    training += f" --output-dir {work}/trained --workers 1 --print-freq 5 --lr-steps 2 --epochs"
+    training = f"train.py {data} {scale.training} --weights-backbone {weights_backbone} --lr 0.0005"
+    training += f" --output-dir {work}/trained --workers 1 --print-freq 5 {amp_flag(scale)} --lr-steps 2 --epochs"
     machine = {
         "ceilings": "benchmarks/ceilings.py",
         "drawing": f"benchmarks/coco_like.py {work}/drawn --files {scale.files}",
@@ -120,6 +126,10 @@ def list_steps(scale: Scale, work: Path, weights_backbone: str, data: str) -> li
     ]
 
 
+def amp_flag(scale: Scale) -> str:
+    return "" if scale.precision == "fp32" else f"--amp {scale.precision}"
+
+
 def variant_flags(scale: Scale) -> tuple[str, str]:
     """What train_step.py gets to compare levers with; what they need to be compiled, beside all else that is."""
     combined = f"--batch-size {scale.smallest} --modes {scale.compiled} --levers combo-kernels"
@@ -131,7 +141,8 @@ def list_checks(scale: Scale) -> dict[str, str]:
     """The tests, and what fills the cache of compiled code for the measurements."""
     tests = f"-m pytest -n {scale.test_workers} tests/test_gpu.py -k"
     compiling = (
-        f"benchmarks/train_step.py --precision bf16 --model {scale.step_model} --rounds 0 --warm-up 1 --at-once 4"
+        f"benchmarks/train_step.py --precision {scale.precision} --model {scale.step_model} --rounds 0 --warm-up 1 "
+        "--at-once 4"
     )
     combined, padded = variant_flags(scale)
     return {
@@ -147,12 +158,12 @@ def list_checks(scale: Scale) -> dict[str, str]:
 
 def list_step_measurements(scale: Scale) -> list[Step]:
     """Convolutions alone, steps of both sides with their profiles, and the levers."""
-    train_step = f"benchmarks/train_step.py --precision bf16 --steps {scale.steps}"
+    train_step = f"benchmarks/train_step.py --precision {scale.precision} --steps {scale.steps}"
     alone = f"{train_step} --model {scale.step_model}"
     rounds, profile = f"--rounds {scale.rounds}", f"--profile {min(10, scale.steps)}"
     modes = " ".join(dict.fromkeys(("eager", scale.compiled, scale.graphs)))
-    small = f"--batch-size {scale.batches} --modes {modes} --peer fp32 amp --at-once 16"
-    large = f"--batch-size {scale.large_batches} --modes eager {scale.compiled} --peer amp --at-once 3"
+    small = f"--batch-size {scale.batches} --modes {modes} --peer {' '.join(scale.peers)} --at-once 16"
+    large = f"--batch-size {scale.large_batches} --modes eager {scale.compiled} --peer {scale.peers[-1]} --at-once 3"
     combined, padded = variant_flags(scale)
     return [
         Step("convolutions", 40, {"": f"benchmarks/ceilings.py --convolutions --batch-size {scale.largest}"}),
@@ -170,8 +181,8 @@ def list_other_measurements(scale: Scale, work: Path) -> Iterator[Step]:
     postprocess = f"benchmarks/postprocess.py {rounds} --predictions trained collapsed"
     yield Step("post-processing", 60, {"": f"{postprocess} --batch-size {scale.postprocessed_batches}"})
     yield Step("loss", 60, {"": f"benchmarks/loss.py {rounds} --batch-size {scale.middle}"})
-    from_files = f"benchmarks/end_to_end.py --drawn {work}/drawn --files {scale.files} --model {scale.step_model} --amp"
-    from_files += f" --workers {scale.loader_workers}"
+    from_files = f"benchmarks/end_to_end.py --drawn {work}/drawn --files {scale.files} --model {scale.step_model}"
+    from_files += f" --workers {scale.loader_workers} {amp_flag(scale)}"
     sizes, modes = (scale.largest, scale.smallest), (scale.compiled, scale.graphs)
     for size, mode, number in zip(sizes, modes, scale.steps_from_files, strict=True):
         compiles = "" if mode == "eager" else f"--compile {mode}"

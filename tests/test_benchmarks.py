@@ -33,14 +33,11 @@ def test_the_run_for_a_gpu_is_rehearsed(run, tmp_path):
     written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert written == report["results"]
     figures = {result["step"]: result["figures"] for result in written}
-    assert figures["step"]["batches"]["1"]["ratios"].keys() == {
-        "ours bf16 eager / peer fp32",
-        "ours bf16 eager / peer amp",
-    }
+    assert figures["step"]["batches"]["1"]["ratios"].keys() == {"ours fp32 eager / peer fp32"}
     assert figures["padded heads, all plans"]["batches"]["2"]["variants"].keys() == {
-        "ours bf16 eager",
-        "ours bf16 eager + padded-heads",
-        "ours bf16 eager + benchmark-limit-0",
+        "ours fp32 eager",
+        "ours fp32 eager + padded-heads",
+        "ours fp32 eager + benchmark-limit-0",
     }
     assert "Continuing after 2 steps" in (tmp_path / "log.txt").read_text()
 
