@@ -47,7 +47,7 @@ class RandomPhotometricDistort:
 
     @staticmethod
     def distort(images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Distorts each image of [B, 3, H, W] (0 to 255) with its own ``parameters``: [B] each, channels [B, 3].
+        """Distorts each image of [B, 3, H, W] (0 to 255) with its own ``parameters``: [B, 1] each, channels [B, 3].
 
         Channels may be float, as all that is drawn travels in one tensor.
         """
@@ -90,7 +90,7 @@ class CaffePhotometricDistort:
 
     @staticmethod
     def distort(images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Distorts each image of [B, 3, H, W] (0 to 255) with its own ``parameters``, [B] each."""
+        """Distorts each image of [B, 3, H, W] (0 to 255) with its own ``parameters``, [B, 1] each."""
         factor = {name: value.view(-1, 1, 1, 1) for name, value in parameters.items()}
         images = (images + factor["brightness"]).clamp(0, 255)
         images = mix(images, 0, factor["contrast_before"])

@@ -107,10 +107,8 @@ class TrainingState:
         base_lrs = self.lr_scheduler.base_lrs
         self.model.load_state_dict(checkpoint["model"])
         # Said before PyTorch loads the state, since that decides by it on which device AdamW counts its steps.
-        groups = [
-            saved | {"fused": own["fused"]}
-            for saved, own in zip(checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
-        ]
+        is_fused = self.optimizer.param_groups[0]["fused"]
+        groups = [group | {"fused": is_fused} for group in checkpoint["optimizer"]["param_groups"]]
         self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
         self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"] | {"base_lrs": base_lrs})
         for group, base_lr, factor in zip(

@@ -21,9 +21,11 @@ class Interval:
     end: float
 
 
-def profiled(run_steps: Callable[[int], None], num_steps: int) -> dict:
-    """``summary`` of ``num_steps`` steps; without a GPU of the operations of the CPU, where nested ones count twice."""
-    on_gpu = torch.cuda.is_available()
+def profiled(run_steps: Callable[[int], None], num_steps: int, on_gpu: bool) -> dict:
+    """``summary`` of ``num_steps`` steps on a GPU, or of the operations of the CPU, where nested ones count twice.
+
+    The profile ends with a wait of its own. Nothing is known where the driver keeps its counters to itself.
+    """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         run_steps(num_steps)
@@ -37,7 +39,7 @@ def profiled(run_steps: Callable[[int], None], num_steps: int) -> dict:
         if event.device_type == device and not event.is_user_annotation  # which spans kernels, and the gaps between
     ]
     calls = [event.name for event in events if event.device_type == DeviceType.CPU]
-    return summary(intervals, calls, num_steps)
+    return summary(intervals, calls, num_steps) if intervals else {}
 
 
 def summary(intervals: list[Interval], host_calls: list[str], num_steps: int) -> dict:
@@ -89,6 +91,8 @@ def summary(intervals: list[Interval], host_calls: list[str], num_steps: int) ->
 
 def as_text(found: dict) -> str:
     """A ``summary`` in lines."""
+    if not found:
+        return "the profiler has seen nothing of the device"
     waits = ", ".join(f"{name} {number:g}" for name, number in found["host_calls_per_step"].items()) or "none"
     lines = [
         f"busy {100 * found['busy_share']:.1f} %; per step {found['kernels_per_step']:g} kernels, "

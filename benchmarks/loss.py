@@ -3,8 +3,8 @@
     python benchmarks/loss.py [--batch-size N] [--device cpu|cuda] [--rounds N]
 
 Images have 8 to 90 boxes, a hard case (COCO has 7 on average); ours gets them padded to as many slots as the image with
-most boxes needs. Each variant has a
-process of its own; they take turns, and the fastest round counts. The last line is one JSON object.
+most boxes needs. Each variant has a process of its own; they take turns, and the fastest round counts. The last line is
+one JSON object.
 """
 
 import argparse

@@ -1,15 +1,16 @@
-"""All that only a GPU can show, in one command of eight minutes: what is right, how fast it is, and what bounds it.
+"""All that only a GPU can show, in one command of nine minutes: what is right, how fast it is, and what bounds it.
 
     python benchmarks/on_gpu.py [--output-dir DIR] [--weights-backbone FILE] [--data-path DIR] [--minutes N]
     python benchmarks/on_gpu.py --rehearse        # all steps in miniature, on a CPU too, where nothing is compiled
 
 Needs no network and no data; --weights-backbone (VGG16's) and --data-path (COCO's layout) make the training in it a
 real one. Steps that only check run their commands beside each other, those that measure run alone, and each ends at its
-limit; what would begin after --minutes is left out. As it comes, everything is written to DIR: log.txt has what the
+limit, and all of it after --minutes. As it comes, everything is written to DIR: log.txt has what the
 commands printed, results.jsonl their figures. Last come a table and one JSON object, which report.json has too.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -28,7 +29,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-LARGEST_TABLE = 9000  # characters
+LONGEST_TABLE = 10_000  # characters
+NEEDED = ("pycocotools", "hotcoco", "tensorboard", "matplotlib", "pytest", "xdist")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Scale:
     loader_workers: int
     steps_from_files: tuple[int, int]  # of the largest batch, and of the smallest
     training: str
+    trained_steps: tuple[int, int]  # until it is stopped, and until its end
     patience: int  # by which the limits of all steps are multiplied
 
 
@@ -84,6 +87,7 @@ FULL = Scale(
     loader_workers=16,
     steps_from_files=(160, 400),
     training="--model ssd300_vgg16 --batch-size 16",
+    trained_steps=(60, 90),
     patience=1,
 )
 MINIATURE = Scale(
@@ -104,7 +108,8 @@ MINIATURE = Scale(
     files=8,
     loader_workers=1,
     steps_from_files=(2, 2),
-    training="--model ssd300_resnet18 --batch-size 2 --max-steps 2",
+    training="--model ssd300_resnet18 --batch-size 2",
+    trained_steps=(2, 3),
     patience=6,  # where a CPU is slow or busy, the rehearsal only takes longer
 )
 
@@ -112,15 +117,15 @@ MINIATURE = Scale(
 def list_steps(scale: Scale, work: Path, weights_backbone: str, data: str) -> list[Step]:
     """What is done, in its order, in the folder ``work``; ``data`` are the flags of train.py that name photographs."""
     training = f"train.py {data} {scale.training} --weights-backbone {weights_backbone} --lr 0.0005"
-    training += f" --output-dir {work}/trained --workers 1 --print-freq 5 {amp_flag(scale)} --lr-steps 2 --epochs"
+    training += f" --output-dir {work}/trained --workers 1 --print-freq 5 {amp_flag(scale)} --max-steps"
     machine = {
         "ceilings": "benchmarks/ceilings.py",
         "drawing": f"benchmarks/coco_like.py {work}/drawn --files {scale.files}",
     }
     return [
         Step("machine", 60, machine),
-        Step("right, and compiled", 170, {"training": f"{training} 2", **list_checks(scale)}),
-        Step("goes on", 40, {"": f"{training} 3 --resume auto"}),
+        Step("right, and compiled", 170, {"training": f"{training} {scale.trained_steps[0]}", **list_checks(scale)}),
+        Step("goes on", 40, {"": f"{training} {scale.trained_steps[1]} --resume auto"}),
         *list_step_measurements(scale),
         *list_other_measurements(scale, work),
     ]
@@ -146,8 +151,8 @@ def list_checks(scale: Scale) -> dict[str, str]:
     )
     combined, padded = variant_flags(scale)
     return {
-        "tests": f"{tests} 'not compile'",
-        "compiled tests": f"{tests} compile",
+        "tests": f"{tests} 'not compile' -v",
+        "compiled tests": f"{tests} compile -v",
         "compiling": f"{compiling} --batch-size {scale.batches} --modes {scale.compiled}",
         "compiling graphs": f"{compiling} --batch-size {scale.batches} --modes {scale.graphs}",
         "compiling, large": f"{compiling} --batch-size {scale.large_batches} --modes {scale.compiled}",
@@ -167,11 +172,11 @@ def list_step_measurements(scale: Scale) -> list[Step]:
     combined, padded = variant_flags(scale)
     return [
         Step("convolutions", 40, {"": f"benchmarks/ceilings.py --convolutions --batch-size {scale.largest}"}),
-        Step("step", 120, {"": f"{train_step} {small} {rounds} {profile}"}),
+        Step("step", 150, {"": f"{train_step} {small} {rounds} {profile}"}),
         Step("step, large batches", 100, {"": f"{train_step} {large} {rounds} {profile}"}),
         Step("step in float32", 50, {"": f"{alone} --batch-size {scale.middle} --precision fp32"}),
-        Step("combined kernels", 50, {"": f"{alone} {combined} {rounds} --at-once 2"}),
-        Step("padded heads, all plans", 60, {"": f"{alone} {padded} benchmark-limit-0 {rounds} --at-once 3"}),
+        Step("combined kernels", 50, {"": f"{alone} {combined} none {rounds} --at-once 2"}),
+        Step("padded heads, all plans", 60, {"": f"{alone} {padded} benchmark-limit-0 none {rounds} --at-once 3"}),
     ]
 
 
@@ -180,7 +185,7 @@ def list_other_measurements(scale: Scale, work: Path) -> Iterator[Step]:
     rounds = f"--rounds {scale.rounds}"
     postprocess = f"benchmarks/postprocess.py {rounds} --predictions trained collapsed"
     yield Step("post-processing", 60, {"": f"{postprocess} --batch-size {scale.postprocessed_batches}"})
-    yield Step("loss", 60, {"": f"benchmarks/loss.py {rounds} --batch-size {scale.middle}"})
+    yield Step("loss", 100, {"": f"benchmarks/loss.py {rounds} --batch-size {scale.middle}"})
     from_files = f"benchmarks/end_to_end.py --drawn {work}/drawn --files {scale.files} --model {scale.step_model}"
     from_files += f" --workers {scale.loader_workers} {amp_flag(scale)}"
     sizes, modes = (scale.largest, scale.smallest), (scale.compiled, scale.graphs)
@@ -254,12 +259,13 @@ def last_json(text: str) -> dict | None:
 
 
 def table(results: list[dict]) -> str:
-    """A line for each command, and for each group of its figures."""
+    """A line for each command, then one for each group of their figures."""
     lines = []
     for result in results:
         lines.append(f"{result['step']:40} {result['seconds']:6.1f} s  {result['outcome']}")
         lines += [f"    {line}" for line in result.get("last lines", ())]
-        lines += [f"    {line}" for line in lines_of(result["figures"] or {})]
+    for result in results:
+        lines += [f"{result['step']}: {line}" for line in lines_of(result["figures"] or {})]
     return "\n".join(lines)
 
 
@@ -267,57 +273,81 @@ def lines_of(figures: dict, path: str = "") -> Iterator[str]:
     """A line for each group of numbers, with where it stands."""
     numbers = {key: value for key, value in figures.items() if isinstance(value, (int, float))}
     if numbers:
-        yield f"{path:50} " + "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+        yield f"{path}  " + "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
     for key, value in figures.items():
         if isinstance(value, dict):
             yield from lines_of(value, f"{path} / {key}" if path else key)
 
 
-def main() -> None:
+def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("out/on_gpu"))
     parser.add_argument("--weights-backbone", default="none", help="VGG16's, a file (default: random ones)")
     parser.add_argument("--data-path", type=Path, help="photographs, in COCO's layout (default: drawn shapes)")
-    parser.add_argument(
-        "--minutes", type=float, help="after which no step begins (default: no limit)", default=math.inf
-    )
+    parser.add_argument("--minutes", type=float, help="after which all ends (default: 9; of a rehearsal: never)")
     parser.add_argument("--rehearse", action="store_true", help="all steps in miniature, without compilation")
     args = parser.parse_args()
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU here; --rehearse runs all steps in miniature")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    scale = MINIATURE if args.rehearse else FULL
-    begin, results = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {
-            **os.environ,
-            "PYTHONUNBUFFERED": "1",
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled",
-            "TORCHINDUCTOR_COMPILE_THREADS": "4",
-        }
-        if args.rehearse:
-            environment |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-        weights = args.weights_backbone
-        if weights != "none":
-            weights = shlex.quote(str(Path(weights).resolve()))
-        data = f"--dataset shapes --data-path {folder}/shapes"
-        if args.data_path:
-            data = f"--data-path {shlex.quote(str(args.data_path.resolve()))}"
-        for step in list_steps(scale, Path(folder), weights, data):
-            if time.monotonic() - begin < 60 * args.minutes:
-                results += run_step(step, args.output_dir, environment, scale.patience * step.limit)
-            else:
-                print(f"left out, for want of time: {step.name}", flush=True)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)}: not installed (requirements.txt)")
+    args.minutes = args.minutes or (math.inf if args.rehearse else 9)
+    return args
+
+
+def environment_for(folder: Path, is_rehearsal: bool) -> dict[str, str]:
+    """What all commands share: above all what they have compiled."""
+    shared = {
+        "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled",
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",
+    }
+    in_miniature = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} if is_rehearsal else {}
+    return {**os.environ, **shared, **in_miniature}
+
+
+def data_flags(args: argparse.Namespace, folder: Path) -> tuple[str, str]:
+    """The weights, and what names the photographs, for a command line."""
+    weights = args.weights_backbone
+    if weights != "none":
+        weights = shlex.quote(str(Path(weights).resolve()))
+    if args.data_path is None:
+        return weights, f"--dataset shapes --data-path {folder}/shapes"
+    return weights, f"--data-path {shlex.quote(str(args.data_path.resolve()))}"
+
+
+def write_report(output_dir: Path, results: list[dict], is_rehearsal: bool, seconds: float) -> dict:
     report = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
-        "rehearsal": args.rehearse,
-        "seconds": time.monotonic() - begin,
+        "rehearsal": is_rehearsal,
+        "seconds": seconds,
         "failed": [result["step"] for result in results if result["outcome"] != "ok"],
         "results": results,
     }
-    (args.output_dir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(table(results)[-LARGEST_TABLE:])
+    (output_dir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main() -> None:
+    args = get_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("log.txt", "results.jsonl"):
+        (args.output_dir / name).unlink(missing_ok=True)
+    scale = MINIATURE if args.rehearse else FULL
+    begin, results = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = environment_for(folder, args.rehearse)
+        for step in list_steps(scale, folder, *data_flags(args, folder)):
+            left = 60 * args.minutes - (time.monotonic() - begin)
+            if left > 0:
+                results += run_step(step, args.output_dir, environment, min(left, scale.patience * step.limit))
+                report = write_report(args.output_dir, results, args.rehearse, time.monotonic() - begin)
+            else:
+                print(f"left out, for want of time: {step.name}", flush=True)
+    print(table(results)[:LONGEST_TABLE])
     print(json.dumps({key: value for key, value in report.items() if key != "results"}))
     sys.exit(bool(report["failed"]))
 

@@ -60,6 +60,7 @@ NUM_CLASSES = 91
 LR = 1e-4
 STEPS_TO_ALLOCATE = 3
 STEPS_TO_COUNT_WAITS = 5
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
 # dense operations per second by the vendor's data sheet: bf16 and fp16, and TF32, which PyTorch's convolutions use
 PEAKS = {
     "H200 NVL": (835e12, 418e12),
@@ -70,7 +71,7 @@ PEAKS = {
     "A100": (312e12, 156e12),
 }
 
-run_steps: Callable[[int], None]  # of this process, its variant's
+run_steps: Callable  # of this process, its variant's: takes the number of steps, and whether they end with a line
 device: torch.device
 
 
@@ -112,18 +113,25 @@ def try_all_plans(model: ssd.SSD) -> None:
     torch.backends.cudnn.benchmark_limit = 0
 
 
-LEVERS = {"padded-heads": pad_heads, "combo-kernels": combine_kernels, "benchmark-limit-0": try_all_plans}
+def leave(model: ssd.SSD) -> None:
+    """Leaves all as it is."""
+
+
+LEVERS = {
+    "none": leave,
+    "padded-heads": pad_heads,
+    "combo-kernels": combine_kernels,
+    "benchmark-limit-0": try_all_plans,
+}
 
 
 def make_ours(
-    log_dir: str, model_name: str, batch_size: int, amp: str | None, compile_mode: str | None, lever: str | None
+    log_dir: str, model_name: str, batch_size: int, amp: str | None, compile_mode: str | None, lever: str
 ) -> Callable[[int], None]:
     """Runs ``train.train_one_epoch`` for a number of steps."""
     args = train.parse_args(["--model", model_name, "--weights-backbone", "none", "--lr", str(LR)])
-    torch.backends.cudnn.benchmark = True
     model = train.make_model(args, NUM_CLASSES).to(device, memory_format=execution.memory_format(device))
-    if lever is not None:
-        LEVERS[lever](model)
+    LEVERS[lever](model)
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=model.size)
     optimizer = optimization.make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -135,10 +143,11 @@ def make_ours(
     log = RunLog(Path(log_dir) / str(os.getpid()))
     divergence = Divergence(Path(log_dir))
 
-    def run(num_steps: int) -> None:
+    def run(num_steps: int, with_line: bool = True) -> None:
         batches = (batch | {"fault": []} for _ in range(num_steps))
+        last_step = num_steps if with_line else num_steps + 1
         step_log = StepLog(
-            log=log, epoch=0, first_step=0, last_step=num_steps, global_step=0, images_per_step=1, print_freq=20
+            log=log, epoch=0, first_step=0, last_step=last_step, global_step=0, images_per_step=1, print_freq=20
         )
         with contextlib.redirect_stdout(io.StringIO()):
             train.train_one_epoch(
@@ -167,7 +176,7 @@ def make_peer(batch_size: int, amp: bool) -> Callable[[int], None]:
         for boxes, labels in zip(*coco_utils.split_objects(batch["objects"]), strict=True)
     ]
 
-    def run(num_steps: int) -> None:
+    def run(num_steps: int, with_line: bool = True) -> None:
         for _ in range(num_steps):
             with autocast:
                 losses = model(images, targets)
@@ -184,12 +193,26 @@ def make_peer(batch_size: int, amp: bool) -> Callable[[int], None]:
     return run
 
 
-def start(kind: str, device_name: str, warm_up: int, *settings) -> None:
+def start(kind: str, device_name: str, records_graphs: bool, *settings) -> None:
+    """Makes the variant, and compiles it, beside others that do.
+
+    Meanwhile cuDNN must not choose its plans, as the others would distort its timings; and a CUDA graph, whose plans
+    are chosen before it is recorded, must wait for ``warm_up`` altogether.
+    """
     global run_steps, device
     device = utils.init_distributed(device_name, timeout=1800)
     torch.manual_seed(0)
     run_steps = {"ours": make_ours, "peer": make_peer}[kind](*settings)
-    run_steps(warm_up)
+    if not records_graphs:
+        with torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+            run_steps(1)
+        free_memory()
+
+
+def warm_up(num_steps: int) -> None:
+    """Alone."""
+    torch.backends.cudnn.benchmark = True
+    run_steps(num_steps)
     free_memory()
 
 
@@ -214,12 +237,12 @@ def measure(num_steps: int) -> dict[str, float]:
 
 
 def count_waits(num_steps: int) -> float:
-    """Synchronisations of host and GPU per step, by PyTorch's own detector."""
+    """Synchronisations of host and GPU per step, by PyTorch's own detector; of ours between two lines of the log."""
     run_steps(STEPS_TO_ALLOCATE)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        run_steps(num_steps)
+        run_steps(num_steps, with_line=False)
         torch.cuda.set_sync_debug_mode("default")
     free_memory()
     return sum("called a synchronizing" in str(warning.message) for warning in caught) / num_steps
@@ -230,7 +253,7 @@ def profile_steps(num_steps: int) -> dict:
     if device.type == "cuda":
         run_steps(STEPS_TO_ALLOCATE)
         torch.cuda.synchronize()
-    return device_profile.profiled(run_steps, num_steps)
+    return device_profile.profiled(run_steps, num_steps, on_gpu=device.type == "cuda")
 
 
 def count_flops(model_name: str) -> int:
@@ -251,16 +274,26 @@ def peak_of(gpu: str, is_half: bool) -> float | None:
 
 def list_variants(args: argparse.Namespace, batch_size: int, log_dir: str) -> dict[str, tuple]:
     """name -> the arguments of ``start``. What is compiled is in half precision, unless no such is asked for."""
-    common = (args.device, args.warm_up)
     variants = {}
-    for precision, mode, lever in itertools.product(args.precision, args.modes, [None, *args.levers]):
+    for precision, mode, lever in itertools.product(args.precision, args.modes, args.levers):
         if mode != "eager" and precision == "fp32" and args.precision != ["fp32"]:
             continue
-        name = " ".join(filter(None, ("ours", precision, mode, lever and f"+ {lever}")))
+        name = f"ours {precision} {mode}" + (f" + {lever}" if lever != "none" else "")
         amp, compile_mode = (None if text in ("fp32", "eager") else text for text in (precision, mode))
-        variants[name] = ("ours", *common, log_dir, args.model, batch_size, amp, compile_mode, lever)
+        records_graphs = mode in GRAPH_MODES
+        variants[name] = (
+            "ours",
+            args.device,
+            records_graphs,
+            log_dir,
+            args.model,
+            batch_size,
+            amp,
+            compile_mode,
+            lever,
+        )
     for precision in args.peer:
-        variants[f"peer {precision}"] = ("peer", *common, batch_size, precision == "amp")
+        variants[f"peer {precision}"] = ("peer", args.device, False, batch_size, precision == "amp")
     return variants
 
 
@@ -271,7 +304,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=["fp32", *execution.AMP_DTYPES], default=["fp32"])
     parser.add_argument("--modes", nargs="+", choices=["eager", *flags.COMPILE_MODES], default=["eager"])
     parser.add_argument(
-        "--levers", nargs="+", choices=list(LEVERS), default=[], help="measure all with each of these too"
+        "--levers", nargs="+", choices=list(LEVERS), default=["none"], help="measure with each of these"
     )
     parser.add_argument(
         "--peer", nargs="*", choices=["fp32", "amp"], help="measure torchvision's ssd300_vgg16 too (default: fp32)"
@@ -287,7 +320,7 @@ def get_args() -> argparse.Namespace:
         nargs="?",
         const=10,
         metavar="STEPS",
-        help="what the device does in so many steps",
+        help="what the device does in so many steps of the last precision and mode",
     )
     args = parser.parse_args()
     args.peer = [] if args.peer is None else args.peer or ["fp32"]
@@ -327,10 +360,29 @@ def ratios_of(rows: dict[str, dict]) -> dict[str, float]:
     }
 
 
-def profiles_of(variants: Variants, num_steps: int, batch_size: int) -> dict[str, dict]:
-    keys = [key for key in variants.pools if key[0] == batch_size]
-    found = variants.take_turns(partial(profile_steps, num_steps), 1, keys)
-    return {name: one for (_, name), (one,) in found.items()}
+def print_rows(batch_size: int, rows: dict[str, dict]) -> None:
+    for name, row in rows.items():
+        figures = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
+        print(f"batch {batch_size:4}  {name:40} {figures}")
+    for name, ratio in ratios_of(rows).items():
+        print(f"batch {batch_size:4}  {name:60} {ratio:.2f}")
+
+
+def measure_all(args: argparse.Namespace, variants: Variants, report: dict, gpu: str) -> None:
+    """Adds to the report what is found at each batch size, and prints it with all that is known."""
+    variants.take_turns(partial(warm_up, args.warm_up))
+    for batch_size in args.batch_size if args.rounds else ():
+        rows = rows_of(variants, args, batch_size, report["flops"], gpu)
+        report["batches"][batch_size] = {"variants": rows, "ratios": ratios_of(rows)}
+        print_rows(batch_size, rows)
+        print(json.dumps(report), flush=True)
+    # of one variant: to read the profile of a step of the peer takes longer than all else
+    name = f"ours {args.precision[-1]} {args.modes[-1]}"
+    for key in variants.pools if args.profile else ():
+        if key[1] == name:
+            (found,) = variants.take_turns(partial(profile_steps, args.profile), 1, [key])[key]
+            report["batches"].setdefault(key[0], {})["profile"] = found
+            print(f"{name}, batch {key[0]}\n{device_profile.as_text(found)}\n{json.dumps(report)}", flush=True)
 
 
 def main() -> None:
@@ -348,21 +400,9 @@ def main() -> None:
         }
         with Variants(start, all_variants, args.at_once) as variants:
             report["failed"] = [f"batch {batch_size}, {name}" for batch_size, name in variants.failed]
-            for batch_size in args.batch_size if args.rounds else ():
-                rows = rows_of(variants, args, batch_size, flops, gpu)
-                report["batches"][batch_size] = {"variants": rows, "ratios": ratios_of(rows)}
-                for name, row in rows.items():
-                    figures = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
-                    print(f"batch {batch_size:4}  {name:40} {figures}")
-                for name, ratio in ratios_of(rows).items():
-                    print(f"batch {batch_size:4}  {name:60} {ratio:.2f}")
-                print(json.dumps(report), flush=True)
-            for batch_size in args.batch_size if args.profile else ():
-                profiles = profiles_of(variants, args.profile, batch_size)
-                report["batches"].setdefault(batch_size, {})["profiles"] = profiles
-                for name, one in profiles.items():
-                    print(f"{name}, batch {batch_size}\n{device_profile.as_text(one)}", flush=True)
+            measure_all(args, variants, report, gpu)
     print(json.dumps(report))
+    sys.exit(bool(report["failed"]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sys
+import traceback
 from collections.abc import Callable, Collection, Hashable
 from concurrent.futures import ProcessPoolExecutor
 
@@ -39,6 +40,7 @@ class Variants:
                     started.result()
                     self.pools[name] = pools[name]
                 except Exception as error:
+                    traceback.print_exception(error)
                     print(f"{name} failed to start: {error}", file=sys.stderr, flush=True)
                     self.failed[name] = error
                     pools[name].shutdown()

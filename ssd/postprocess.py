@@ -65,11 +65,12 @@ def select_candidates(scores: Tensor, boxes: Tensor, score_thresh: float, topk_p
         topk_per_class: how many are kept of a class and image.
     """
     is_candidate = scores > score_thresh
-    most = scores.shape[0] * scores.shape[2] * topk_per_class
-    if is_candidate.sum() > most:  # as in a model without training: to find the best is less work than to sort all
+    images, default_boxes, labels = is_candidate.nonzero(as_tuple=True)
+    if len(images) > scores.shape[0] * scores.shape[2] * topk_per_class:
+        # as in a model without training: to find the best of a class is less work than to sort all
         best = scores.topk(topk_per_class, dim=1).values
         is_candidate &= scores >= best[:, -1:]
-    images, default_boxes, labels = is_candidate.nonzero(as_tuple=True)
+        images, default_boxes, labels = is_candidate.nonzero(as_tuple=True)
     order = labels.argsort(stable=True)  # of equal scores the lower label comes first, as in torchvision
     order = order[scores[images, default_boxes, labels][order].argsort(descending=True, stable=True)]
     images, default_boxes, labels = images[order], default_boxes[order], labels[order]
