@@ -31,8 +31,9 @@ def test_the_run_for_a_gpu_is_rehearsed(run, tmp_path):
     expected = on_gpu.list_steps(on_gpu.MINIATURE, tmp_path, "none", "")
     assert len(report["results"]) == sum(len(step.commands) for step in expected)
     written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert written == report["results"]
-    figures = {result["step"]: result["figures"] for result in written}
+    results = {result["step"]: result for result in report["results"]}
+    assert {result["step"]: result for result in written} == results  # those, as they came
+    figures = {step: result["figures"] for step, result in results.items()}
     assert figures["step"]["batches"]["1"]["ratios"].keys() == {"ours fp32 eager / peer fp32"}
     assert figures["padded heads, all plans"]["batches"]["2"]["variants"].keys() == {
         "ours fp32 eager",
