@@ -183,16 +183,17 @@ class SSD(nn.Module):
         is_finite = torch.stack(extremes).isfinite().all(dim=0)
         if not is_finite.all():
             raise NotFiniteError((~is_finite).nonzero().flatten().tolist())
-        scores = outputs["cls_logits"].float().softmax(dim=-1)[..., 1:]  # [B, A, C - 1]
         boxes = self.box_coder.decode(outputs["bbox_regression"].float(), self.default_boxes).clamp(0, self.size)
         # As in ``match``: one image at a time stays in the cache of a CPU. A GPU gets as many as it can use, and not so
         # many that its memory could not hold all scores of an untrained model, most of which are candidates.
         images_at_a_time = 1 if boxes.device.type == "cpu" else 16
         found = []
-        for part in zip(scores.split(images_at_a_time), boxes.split(images_at_a_time), strict=True):
-            candidates = select_candidates(*part, self.score_thresh, self.topk_candidates)
+        parts = zip(outputs["cls_logits"].split(images_at_a_time), boxes.split(images_at_a_time), strict=True)
+        for logits, part_boxes in parts:
+            scores = logits.float().softmax(dim=-1)[..., 1:]  # [images, A, C - 1]
+            candidates = select_candidates(scores, part_boxes, self.score_thresh, self.topk_candidates)
             kept = suppress(candidates, self.nms_thresh, self.detections_per_img)
-            found += split_by_image(kept, len(part[0]))
+            found += split_by_image(kept, len(part_boxes))
         height, width = (sizes.to(boxes) / self.size).unbind(1)
         scale = torch.stack((width, height, width, height), dim=1)  # [B, 4]
         return [
