@@ -120,7 +120,7 @@ def main(output_dir, arguments):
         expected = "checkpoint.pth" if step == 4 else f"checkpoint_{{step + 1}}.pth"
         last = output_dir / f"from_{{step}}/checkpoint.pth"
         test_resume.assert_equal_states(last, output_dir / "whole" / expected)
-    print("process", whole)
+    sys.stdout.write(f"process {{whole}}\\n")  # at once, or the other process' line may come between
 
 
 if __name__ == "__main__":
