@@ -4,9 +4,9 @@
     python benchmarks/on_gpu.py --rehearse        # all steps in miniature, on a CPU too, where nothing is compiled
 
 Needs no network and no data; --weights-backbone (VGG16's) and --data-path (COCO's layout) make the training in it a
-real one. Steps that only check run their commands beside each other, those that measure run alone, and each ends at its
-limit, and all of it after --minutes. As it comes, everything is written to DIR: log.txt has what the
-commands printed, results.jsonl their figures. Last come a table and one JSON object, which report.json has too.
+real one. Steps that only check run their commands beside each other, those that measure run alone; each ends at its
+limit, and all of it after --minutes. As it comes, everything is written to DIR: log.txt has what the commands printed,
+results.jsonl their figures. Last come a table and one JSON object, which report.json has too.
 """
 
 import argparse

@@ -222,11 +222,16 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def measure(num_steps: int) -> dict[str, float]:
-    """Seconds of a step, and the most memory so far."""
+def settle() -> None:
+    """Gets back the memory that was left to others, and waits until all is done."""
     if device.type == "cuda":
         run_steps(STEPS_TO_ALLOCATE)
         torch.cuda.synchronize()
+
+
+def measure(num_steps: int) -> dict[str, float]:
+    """Seconds of a step, and the most memory so far."""
+    settle()
     begin = time.perf_counter()
     run_steps(num_steps)
     if device.type == "cuda":
@@ -238,7 +243,7 @@ def measure(num_steps: int) -> dict[str, float]:
 
 def count_waits(num_steps: int) -> float:
     """Synchronisations of host and GPU per step, by PyTorch's own detector; of ours between two lines of the log."""
-    run_steps(STEPS_TO_ALLOCATE)
+    settle()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -250,9 +255,7 @@ def count_waits(num_steps: int) -> float:
 
 def profile_steps(num_steps: int) -> dict:
     """See ``device_profile.summary``."""
-    if device.type == "cuda":
-        run_steps(STEPS_TO_ALLOCATE)
-        torch.cuda.synchronize()
+    settle()
     return device_profile.profiled(run_steps, num_steps, on_gpu=device.type == "cuda")
 
 
@@ -280,18 +283,8 @@ def list_variants(args: argparse.Namespace, batch_size: int, log_dir: str) -> di
             continue
         name = f"ours {precision} {mode}" + (f" + {lever}" if lever != "none" else "")
         amp, compile_mode = (None if text in ("fp32", "eager") else text for text in (precision, mode))
-        records_graphs = mode in GRAPH_MODES
-        variants[name] = (
-            "ours",
-            args.device,
-            records_graphs,
-            log_dir,
-            args.model,
-            batch_size,
-            amp,
-            compile_mode,
-            lever,
-        )
+        settings = (log_dir, args.model, batch_size, amp, compile_mode, lever)
+        variants[name] = ("ours", args.device, mode in GRAPH_MODES, *settings)
     for precision in args.peer:
         variants[f"peer {precision}"] = ("peer", args.device, False, batch_size, precision == "amp")
     return variants
@@ -360,11 +353,11 @@ def ratios_of(rows: dict[str, dict]) -> dict[str, float]:
     }
 
 
-def print_rows(batch_size: int, rows: dict[str, dict]) -> None:
+def print_rows(batch_size: int, rows: dict[str, dict], ratios: dict[str, float]) -> None:
     for name, row in rows.items():
         figures = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
         print(f"batch {batch_size:4}  {name:40} {figures}")
-    for name, ratio in ratios_of(rows).items():
+    for name, ratio in ratios.items():
         print(f"batch {batch_size:4}  {name:60} {ratio:.2f}")
 
 
@@ -373,8 +366,9 @@ def measure_all(args: argparse.Namespace, variants: Variants, report: dict, gpu:
     variants.take_turns(partial(warm_up, args.warm_up))
     for batch_size in args.batch_size if args.rounds else ():
         rows = rows_of(variants, args, batch_size, report["flops"], gpu)
-        report["batches"][batch_size] = {"variants": rows, "ratios": ratios_of(rows)}
-        print_rows(batch_size, rows)
+        ratios = ratios_of(rows)
+        report["batches"][batch_size] = {"variants": rows, "ratios": ratios}
+        print_rows(batch_size, rows, ratios)
         print(json.dumps(report), flush=True)
     # of one variant: to read the profile of a step of the peer takes longer than all else
     name = f"ours {args.precision[-1]} {args.modes[-1]}"
