@@ -4,6 +4,7 @@ A pipeline has two stages: ``__call__`` works on one image in a loader worker, `
 the model. All randomness is drawn in the first stage.
 """
 
+import argparse
 import textwrap
 from dataclasses import dataclass, field
 
@@ -13,7 +14,6 @@ from numpy import ndarray
 from torch import Tensor
 
 import transforms as T
-from photometric import CaffePhotometricDistort, RandomPhotometricDistort
 
 HFLIP_PROBABILITY = 0.5
 
@@ -21,11 +21,11 @@ HFLIP_PROBABILITY = 0.5
 DATA_AUGMENTATIONS = {
     "ssd": (
         [T.RandomZoomOut(), T.RandomIoUCrop(), T.RandomHorizontalFlip(HFLIP_PROBABILITY)],
-        RandomPhotometricDistort(),
+        T.RandomPhotometricDistort(),
     ),
     "caffe": (
         [T.RandomZoomOut(), T.CaffeIoUCrop(), T.RandomHorizontalFlip(HFLIP_PROBABILITY)],
-        CaffePhotometricDistort(),
+        T.CaffePhotometricDistort(),
     ),
     "ssdlite": ([T.RandomIoUCrop(), T.RandomHorizontalFlip(HFLIP_PROBABILITY)], None),
     "hflip": ([T.RandomHorizontalFlip(HFLIP_PROBABILITY)], None),
@@ -239,6 +239,17 @@ RECIPES = {
         },
     ),
 }
+
+
+def parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Flags over the values of ``--recipe`` over the values of the default recipe."""
+    parser.set_defaults(**RECIPES[DEFAULT_RECIPE].values)
+    recipe = parser.parse_known_args(arguments)[0].recipe
+    if recipe == "list":
+        print(list_recipes())
+        parser.exit()
+    parser.set_defaults(**RECIPES[recipe].values)
+    return parser.parse_args(arguments)
 
 
 def list_recipes() -> str:

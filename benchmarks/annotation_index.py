@@ -11,20 +11,15 @@ every annotation: the memory that this adds to a worker, not shared with any oth
 import argparse
 import json
 import multiprocessing
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from memory import peak_memory, private_memory
-from turns import in_new_process
-
-import coco_annotations
-import coco_utils
+import coco
+from benchmarks.memory import peak_memory, private_memory
+from benchmarks.turns import in_new_process
 from coco_utils import CocoTrainDataset
 
 NUM_IMAGES = 118_287
@@ -62,7 +57,7 @@ def write_coco_like_annotations(path: Path, num_images: int, num_boxes: int) -> 
 def start_ours(path: Path, index_dir: Path) -> dict:
     before = peak_memory()
     start = time.perf_counter()
-    dataset = CocoTrainDataset(coco_annotations.read_annotations(path, index_dir), path.parent, preset=None, seed=0)
+    dataset = CocoTrainDataset(coco.read_annotations(path, index_dir), path.parent, preset=None, seed=0)
     return {"seconds": time.perf_counter() - start, "MiB": peak_memory() - before, "images": len(dataset)}
 
 
@@ -84,13 +79,13 @@ def read_everything(dataset: CocoTrainDataset) -> float:
     """What a loader worker does with annotations, for all images; returns the private memory that it cost in MiB."""
     for row in dataset.rows:
         dataset.annotations.file_name(row)
-        coco_utils.objects_of_image(dataset.annotations, row)
+        coco.objects_of_image(dataset.annotations, row)
     return private_memory() - memory_at_start
 
 
 def worker_memory(path: Path, index_dir: Path, start_method: str) -> float:
     """MiB that each of two workers of one data set keeps for itself, once it has read every annotation."""
-    dataset = CocoTrainDataset(coco_annotations.read_annotations(path, index_dir), path.parent, preset=None, seed=0)
+    dataset = CocoTrainDataset(coco.read_annotations(path, index_dir), path.parent, preset=None, seed=0)
     with multiprocessing.get_context(start_method).Pool(2, start_worker) as pool:
         return max(pool.map(read_everything, [dataset, dataset], chunksize=1))
 

@@ -13,20 +13,15 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from turns import in_new_process
-
-import flags
+from benchmarks.turns import in_new_process
+from engine import flags
 
 REPEATS = {"cpu": 1, "cuda": 20}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}

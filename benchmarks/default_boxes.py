@@ -8,16 +8,13 @@ given.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import coco_annotations
+import coco
 import ssd
 from ssd.default_boxes import CAFFE_DEFAULT_BOXES, DefaultBoxGenerator
 
@@ -26,7 +23,7 @@ GRIDS = {300: (38, 19, 10, 5, 3, 1), 512: (64, 32, 16, 8, 4, 2, 1)}
 
 def read_boxes(path: Path) -> Tensor:
     """All boxes with an area but crowds, as fractions of their images: [objects, 4], xyxy."""
-    annotations = coco_annotations.read_annotations(path)
+    annotations = coco.read_annotations(path)
     height, width = annotations.sizes.repeat(np.diff(annotations.offsets), axis=0).T
     x, y, box_width, box_height = annotations.boxes.T
     boxes = np.stack((x / width, y / height, (x + box_width) / width, (y + box_height) / height), axis=1)

@@ -19,11 +19,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from coco_like import draw_coco_like_data
-
-import flags
+from benchmarks.coco_like import draw_coco_like_data
+from engine import flags
 
 ROOT = Path(__file__).parent.parent
 NUM_LINES = 10  # of the log, in half of the steps

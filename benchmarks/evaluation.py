@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,17 +32,13 @@ from torchvision.datasets import CocoDetection
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.transforms.v2 import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from torchvision_scorer import PerImageScorer, largest_difference
-from turns import take_turns
-
-import coco_annotations
-import coco_eval
+import coco
 import evaluate
-import execution
-import flags
 import ssd
+from benchmarks.torchvision_scorer import PerImageScorer, largest_difference
+from benchmarks.turns import take_turns
+from coco import scoring
+from engine import execution, flags, inference
 
 SEED = 0
 AS_WRITTEN, ALL_THREADS = "torchvision", "torchvision, all threads"
@@ -109,19 +104,21 @@ def write_annotations(source: Path, num_images: int | None, path: Path) -> None:
 
 def make_model(weights: str | None, weights_backbone: str | None, num_classes: int) -> ssd.SSD:
     torch.manual_seed(SEED)
-    return ssd.MODELS["ssd300_vgg16"](weights=weights, weights_backbone=weights_backbone, num_classes=num_classes)
+    return ssd.get_model("ssd300_vgg16", weights=weights, weights_backbone=weights_backbone, num_classes=num_classes)
 
 
 def prepare_ours(model: ssd.SSD, images_dir: Path, annotations_file: Path, workers: int, batch_size: int) -> Callable:
     model = model.to(memory_format=execution.memory_format(torch.device("cpu")))
-    annotations = coco_annotations.read_annotations(annotations_file)
+    annotations = coco.read_annotations(annotations_file)
     settings = ["--checkpoint", "", "--batch-size", str(batch_size), "--workers", str(workers)]
     args = evaluate.get_args_parser().parse_args(settings)
+    dataset = evaluate.make_validation_set(args, model, annotations, images_dir)
+    infer = evaluate.make_infer(args, torch.device("cpu"))
 
     def run_ours() -> dict:
-        found = evaluate.infer_as_flagged(args, model, *evaluate.validation_set(args, model, annotations, images_dir))
-        metrics = evaluate.score(annotations, found, args.scorer).metrics
-        return {name: metrics[name] for name in coco_eval.METRICS} | {"detections": len(found.detections)}
+        found = infer(model, dataset, annotations.category_id_of)
+        metrics = inference.score(annotations, found, args.scorer).metrics
+        return {name: metrics[name] for name in scoring.METRICS} | {"detections": len(found.detections)}
 
     return run_ours
 
@@ -147,7 +144,7 @@ def start(
 ) -> None:
     """Ends with a first evaluation, which is not measured."""
     global run
-    num_classes = coco_annotations.read_annotations(annotations_file).num_classes
+    num_classes = coco.read_annotations(annotations_file).num_classes
     run = prepare(make_model(*weights, num_classes), images_dir, annotations_file, workers, setting)
     run()
 
@@ -186,7 +183,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         annotations_file = Path(folder) / "instances.json"
         write_annotations(args.data_path / "annotations/instances_val2017.json", args.images, annotations_file)
-        num_images = len(coco_annotations.read_annotations(annotations_file).image_ids)
+        num_images = len(coco.read_annotations(annotations_file).image_ids)
         threads = torch.get_num_threads()
         print(f"{num_images} images, {args.workers} loader workers, {threads} threads, torch {torch.__version__}")
         rounds = take_turns(start, measure, list_variants(args, annotations_file), args.rounds)

@@ -6,13 +6,8 @@ Parameters are those of 91 classes, GMACs (10^9 multiply-accumulates) those of t
 is computed but shapes.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ssd
 
@@ -20,7 +15,7 @@ import ssd
 def family_table() -> list[str]:
     """Lines of Markdown."""
     lines = ["| model | input | default boxes | million parameters | GMACs |", "|---|---|---|---|---|"]
-    for name, build in ssd.MODELS.items():
+    for name, build in ssd.family.MODELS.items():
         with torch.device("meta"):
             model = build(weights_backbone=None).eval()
             with FlopCounterMode(display=False) as counter:

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import re
-import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,15 +28,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _triton
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from train_step import NUM_CLASSES, make_batch
-from turns import in_new_process
-
-import execution
 import presets
 import ssd
 import train
+from benchmarks.train_step import NUM_CLASSES, make_batch
+from benchmarks.turns import in_new_process
+from engine import execution
 
 H100 = types.SimpleNamespace(
     name="NVIDIA H100",
@@ -135,7 +131,7 @@ def code_of_step(batch_size: int, as_told: bool) -> str:
     """Of train.py's step in bf16, from the batch to the gradients."""
     if as_told:
         execution.keep_pool_backward()
-    model = ssd.MODELS["ssd300_vgg16"](weights_backbone=None, num_classes=NUM_CLASSES).train()
+    model = ssd.get_model("ssd300_vgg16", weights_backbone=None, num_classes=NUM_CLASSES).train()
     model.to(memory_format=torch.channels_last)
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=model.size)
     batch_losses = train.BatchLosses(model, preset, torch.autocast("cpu", torch.bfloat16))

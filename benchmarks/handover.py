@@ -10,26 +10,20 @@ it.) They take turns, and the fastest round counts. The last line is one JSON ob
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from train_step import make_batch
-from turns import take_turns
-
 import coco_utils
-import flags
-import loading
 import presets
 import utils
+from benchmarks.train_step import make_batch
+from benchmarks.turns import take_turns
+from engine import flags, loading
 
 make_loader: Callable[[], DataLoader]  # of this process
 

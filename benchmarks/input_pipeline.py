@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,18 +23,14 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from coco_like import draw_coco_like_data
-from memory import private_memory
-from turns import take_turns
-
-import coco_annotations
+import coco
 import coco_utils
-import flags
-import loading
 import presets
+from benchmarks.coco_like import draw_coco_like_data
+from benchmarks.memory import private_memory
+from benchmarks.turns import take_turns
 from coco_utils import CocoTrainDataset
+from engine import flags, loading
 
 BATCH_SIZE = 8
 SIZE = 300
@@ -43,14 +38,14 @@ SEED = 0
 
 
 def open_data_set(root: Path) -> CocoTrainDataset:
-    annotations = coco_annotations.read_annotations(root / "annotations/instances_train2017.json")
+    annotations = coco.read_annotations(root / "annotations/instances_train2017.json")
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=SIZE)
     return CocoTrainDataset(annotations, root / "train2017", preset, SEED)
 
 
 def decode(dataset: CocoTrainDataset) -> None:
     for row in dataset.rows:
-        coco_utils.load_image(dataset.annotations, dataset.images_dir, row)
+        coco.load_image(dataset.annotations, dataset.images_dir, row)
 
 
 def reference(dataset: CocoTrainDataset) -> None:
@@ -71,7 +66,7 @@ def reference(dataset: CocoTrainDataset) -> None:
     mean = torch.tensor([0.48235, 0.45882, 0.40784]).view(3, 1, 1)
     for row in dataset.rows:
         image = Image.open(dataset.images_dir / dataset.annotations.file_name(row)).convert("RGB")
-        boxes, labels = coco_utils.objects_of_image(dataset.annotations, row)
+        boxes, labels = coco.objects_of_image(dataset.annotations, row)
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width)),
             "labels": torch.from_numpy(labels),

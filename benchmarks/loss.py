@@ -10,11 +10,9 @@ one JSON object.
 import argparse
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,12 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_iou
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from turns import take_turns
-
-import flags
 import ssd
+from benchmarks.turns import take_turns
+from engine import flags
 
 NUM_CLASSES = 91
 BOXES_PER_IMAGE = (8, 90)
@@ -52,7 +47,7 @@ def make_objects(batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def ours(outputs: dict[str, Tensor], boxes: list[Tensor], labels: list[Tensor], compiled: bool) -> Callable:
-    model = ssd.MODELS["ssd300_vgg16"](weights_backbone=None, num_classes=NUM_CLASSES).to(device)
+    model = ssd.get_model("ssd300_vgg16", weights_backbone=None, num_classes=NUM_CLASSES).to(device)
     compute_loss = torch.compile(model.compute_loss, fullgraph=True) if compiled else model.compute_loss
     boxes, labels = pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True)
     return lambda: compute_loss(outputs, boxes, labels)
@@ -60,7 +55,9 @@ def ours(outputs: dict[str, Tensor], boxes: list[Tensor], labels: list[Tensor], 
 
 def peer(outputs: dict[str, Tensor], boxes: list[Tensor], labels: list[Tensor]) -> Callable:
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
-    default_boxes = ssd.MODELS["ssd300_vgg16"](weights_backbone=None, num_classes=NUM_CLASSES).default_boxes.to(device)
+    default_boxes = ssd.get_model("ssd300_vgg16", weights_backbone=None, num_classes=NUM_CLASSES).default_boxes.to(
+        device
+    )
     targets = [{"boxes": b, "labels": n} for b, n in zip(boxes, labels, strict=True)]
 
     def losses() -> dict[str, Tensor]:

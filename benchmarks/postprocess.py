@@ -11,21 +11,16 @@ is one JSON object of all that is known.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from turns import take_turns
-
-import flags
 import ssd
+from benchmarks.turns import take_turns
+from engine import flags
 
 NUM_CLASSES = 91
 SIZE = 300
@@ -84,7 +79,7 @@ PREDICTIONS = {"random": random_predictions, "trained": trained_predictions, "co
 def start(side: str, kind: str, device_name: str, batch_size: int) -> None:
     global postprocess, device
     device = torch.device(device_name)
-    model = ssd.MODELS["ssd300_vgg16"](weights_backbone=None, num_classes=NUM_CLASSES)
+    model = ssd.get_model("ssd300_vgg16", weights_backbone=None, num_classes=NUM_CLASSES)
     outputs = {name: value.to(device) for name, value in PREDICTIONS[kind](model, batch_size).items()}
     model = model.to(device)
     if side == "ours":

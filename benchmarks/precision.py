@@ -22,17 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import coco_annotations
+import coco
 import coco_utils
-import execution
-import flags
-import optimization
 import presets
 import train
 import utils
-from training_state import TrainingState
+from engine import execution, flags
+from engine.training_state import TrainingState
 
 ROOT = Path(__file__).parent.parent
 SMOOTHING = 20  # steps
@@ -44,12 +40,12 @@ def losses_and_gradients(
     """The loss of each batch, and the gradients of all together, on the CPU."""
     torch._dynamo.reset()
     device = torch.device(args.device)
-    model = train.make_model(args, num_classes).to(device, memory_format=execution.memory_format(device)).train()
+    model = train.make_model(args, device, num_classes).train()
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=model.size)
     batch_losses = train.BatchLosses(model, preset, execution.make_autocast(device, amp))
     if mode is not None:
         execution.compile_whole(batch_losses, mode)
-    optimizer = optimization.make_optimizer(args, model)
+    optimizer = train.make_optimizer(args, model)
     scaler = torch.amp.GradScaler(args.device, enabled=False)
     state = TrainingState(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, 1, accumulate=len(batches))
     losses = []
@@ -72,7 +68,7 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 def compare_one_step(args: argparse.Namespace) -> dict[str, dict]:
     """variant -> its largest relative error of a loss, and the layer whose gradient's direction is the worst."""
-    annotations = coco_annotations.read_annotations(args.data_path / "annotations/instances_train2017.json")
+    annotations = coco.read_annotations(args.data_path / "annotations/instances_train2017.json")
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=300)
     dataset = coco_utils.CocoTrainDataset(annotations, args.data_path / "train2017", preset, seed=0)
     sampler = coco_utils.EpochBatchSampler(len(dataset), args.batch_size, seed=0, accumulate=2)

@@ -6,7 +6,7 @@ It makes annotations of val2017's size, some 36,000 boxes of 80 classes in 5,000
 without boxes, and 180 detections per image, some of them near a box of their class. Three ways to score them:
 
 * pycocotools per image: torchvision's references/detection, which match each image's detections when they come;
-* pycocotools: coco_eval.score_detections, all images at once;
+* pycocotools: scoring.score_detections, all images at once;
 * hotcoco: the same with the other scorer.
 
 Each measurement is a process of its own, with the annotations read and the detections in memory: seconds until the
@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,15 +26,12 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from memory import peak_memory, resident_memory
-from torchvision_scorer import PerImageScorer, largest_difference
-from turns import in_new_process
-
-import coco_annotations
-import coco_eval
-import flags
+import coco
+from benchmarks.memory import peak_memory, resident_memory
+from benchmarks.torchvision_scorer import PerImageScorer, largest_difference
+from benchmarks.turns import in_new_process
+from coco import scoring
+from engine import flags
 
 NUM_CLASSES = 80
 WIDTH, HEIGHT = 640, 480
@@ -85,7 +81,7 @@ def write_annotations(path: Path, num_images: int) -> None:
     path.write_text(json.dumps(content))
 
 
-def draw_detections(annotations: coco_annotations.CocoAnnotations, per_image: int) -> ndarray:
+def draw_detections(annotations: coco.CocoAnnotations, per_image: int) -> ndarray:
     """The best ``per_image`` detections of each image, [N, 7]: some near a box of their class, the rest anywhere."""
     rng = np.random.default_rng(1)
     image_of_box = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
@@ -112,7 +108,7 @@ def draw_detections(annotations: coco_annotations.CocoAnnotations, per_image: in
 def write_data(folder: Path, num_images: int, per_image: int) -> dict[str, int]:
     """What the measurements read: annotations, their index, and detections. Returns how many of each there are."""
     write_annotations(folder / "instances.json", num_images)
-    annotations = coco_annotations.read_annotations(folder / "instances.json", folder)
+    annotations = coco.read_annotations(folder / "instances.json", folder)
     detections = draw_detections(annotations, per_image)
     np.save(folder / "detections.npy", detections)
     num_crowds, num_empty = int(annotations.is_crowd.sum()), int((np.diff(annotations.offsets) == 0).sum())
@@ -125,14 +121,14 @@ def measure(score: Callable[[], dict]) -> dict:
     start = time.perf_counter()
     metrics = score()
     seconds = time.perf_counter() - start
-    metrics = {name: metrics[name] for name in coco_eval.METRICS}
+    metrics = {name: metrics[name] for name in scoring.METRICS}
     return {"seconds": seconds, "added_MiB": peak_memory() - before, "peak_MiB": peak_memory(), "metrics": metrics}
 
 
 def measure_ours(folder: Path, scorer: str) -> dict:
-    annotations = coco_annotations.read_annotations(folder / "instances.json", folder)
+    annotations = coco.read_annotations(folder / "instances.json", folder)
     detections = np.load(folder / "detections.npy")
-    return measure(lambda: coco_eval.score_detections(annotations, detections, scorer).metrics)
+    return measure(lambda: scoring.score_detections(annotations, detections, scorer).metrics)
 
 
 def measure_per_image(folder: Path) -> dict:

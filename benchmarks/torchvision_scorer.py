@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import coco_eval
+from coco import scoring
 
 
 class PerImageScorer:
@@ -38,10 +38,10 @@ class PerImageScorer:
         with contextlib.redirect_stdout(io.StringIO()):
             self.evaluator.accumulate()
             self.evaluator.summarize()
-        return dict(zip(coco_eval.METRICS, map(coco_eval.known_or_none, self.evaluator.stats), strict=True))
+        return dict(zip(scoring.METRICS, map(scoring.known_or_none, self.evaluator.stats), strict=True))
 
 
 def largest_difference(first: dict, second: dict) -> float:
     """Between two results with the twelve metrics; infinite if only one of them has a value."""
-    pairs = [(first[name], second[name]) for name in coco_eval.METRICS]
+    pairs = [(first[name], second[name]) for name in scoring.METRICS]
     return max(abs(a - b) if None not in (a, b) else 0.0 if a is b else float("inf") for a, b in pairs)

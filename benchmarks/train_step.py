@@ -37,24 +37,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssd300_vgg16
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import device_profile
-from coco_like import BOXES_PER_IMAGE, MAX_BOXES
-from turns import Variants
-
 import coco_utils
-import execution
-import flags
-import optimization
 import presets
-import run_log
 import ssd
 import train
 import utils
-from divergence import Divergence
-from run_log import RunLog, StepLog
-from training_state import TrainingState
+from benchmarks import device_profile
+from benchmarks.coco_like import BOXES_PER_IMAGE, MAX_BOXES
+from benchmarks.turns import Variants
+from engine import execution, flags, run_log
+from engine.divergence import Divergence
+from engine.run_log import RunLog, StepLog
+from engine.training_state import TrainingState
 
 NUM_CLASSES = 91
 LR = 1e-4
@@ -130,10 +124,10 @@ def make_ours(
 ) -> Callable[[int], None]:
     """Runs ``train.train_one_epoch`` for a number of steps."""
     args = train.parse_args(["--model", model_name, "--weights-backbone", "none", "--lr", str(LR)])
-    model = train.make_model(args, NUM_CLASSES).to(device, memory_format=execution.memory_format(device))
+    model = train.make_model(args, device, NUM_CLASSES)
     LEVERS[lever](model)
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=model.size)
-    optimizer = optimization.make_optimizer(args, model)
+    optimizer = train.make_optimizer(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = TrainingState(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, steps_per_epoch=10**9)
     batch_losses = train.BatchLosses(model, preset, execution.make_autocast(device, amp))
@@ -261,7 +255,7 @@ def profile_steps(num_steps: int) -> dict:
 
 def count_flops(model_name: str) -> int:
     """Floating-point operations of a training step per image, without computing anything."""
-    model = ssd.MODELS[model_name](weights_backbone=None, num_classes=NUM_CLASSES).to("meta").train()
+    model = ssd.get_model(model_name, weights_backbone=None, num_classes=NUM_CLASSES).to("meta").train()
     boxes, labels = torch.zeros(1, 1, 4, device="meta"), torch.zeros(1, 1, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
         outputs = model(torch.zeros(1, 3, model.size, model.size, device="meta"))
@@ -292,7 +286,7 @@ def list_variants(args: argparse.Namespace, batch_size: int, log_dir: str) -> di
 
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(ssd.MODELS), default="ssd300_vgg16")
+    parser.add_argument("--model", choices=ssd.list_models(), default="ssd300_vgg16")
     parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[32])
     parser.add_argument("--precision", nargs="+", choices=["fp32", *execution.AMP_DTYPES], default=["fp32"])
     parser.add_argument("--modes", nargs="+", choices=["eager", *flags.COMPILE_MODES], default=["eager"])

@@ -1,20 +1,36 @@
-"""SSD: Single Shot MultiBox Detector (Liu et al., 2016, https://arxiv.org/abs/1512.02325)."""
+"""SSD: Single Shot MultiBox Detector (Liu et al., 2016, https://arxiv.org/abs/1512.02325).
+
+The model, with torch and torchvision alone:
+
+model.py           the detector, its loss, its post-processing
+boxes.py           IoU, and offsets from default boxes
+default_boxes.py   the fixed boxes that predictions are relative to
+matcher.py         which default box predicts which object
+head.py            predictions from feature maps
+postprocess.py     candidates, and their suppression
+backbones.py       VGG and ResNet as SSD uses them; a new backbone goes here
+ssdlite.py         SSDlite on MobileNetV3
+initialisation.py  how layers begin that have no weights
+family.py          every backbone at its input sizes, as a whole model
+weights.py         where weights come from: files, and torchvision's enums
+files.py           files of tensors: written whole or not at all, sealed, read as plain data
+"""
 
 from .backbones import SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
 from .boxes import BoxCoder, pairwise_iou
 from .default_boxes import DefaultBoxGenerator, guess_default_boxes
-from .family import MODELS
+from .family import get_model, list_models
+from .files import VERSION, load_file, save_file
 from .head import SSDHead
 from .initialisation import WEIGHT_INITS
 from .matcher import SSDMatcher
 from .model import INPUT_SCALINGS, SSD
 from .postprocess import NotFiniteError
 from .ssdlite import SSDLiteFeatureExtractorMobileNet
-from .weights import VERSION, is_enum_name, load_file, load_state_dict, not_finite, save_file, told
+from .weights import is_enum_name, load_state_dict, not_finite, told
 
 __all__ = [
     "INPUT_SCALINGS",
-    "MODELS",
     "SSD",
     "VERSION",
     "WEIGHT_INITS",
@@ -26,8 +42,10 @@ __all__ = [
     "SSDHead",
     "SSDLiteFeatureExtractorMobileNet",
     "SSDMatcher",
+    "get_model",
     "guess_default_boxes",
     "is_enum_name",
+    "list_models",
     "load_file",
     "load_state_dict",
     "not_finite",

@@ -17,6 +17,30 @@ NUM_COCO_CLASSES = 91  # the background and COCO's category ids, which run from 
 CLASSIFICATION_HEAD = "head.classification_head."
 
 
+def list_models() -> list[str]:
+    """The names of the family, as ``torchvision.models.list_models`` has those of its models."""
+    return list(MODELS)
+
+
+def get_model(name: str, **config) -> SSD:
+    """A member of the family, as ``torchvision.models.get_model`` makes one.
+
+    ``get_model("ssd300_vgg16", weights="SSD300_VGG16_Weights.COCO_V1")`` has 25.1 mAP on COCO val2017.
+
+    Args:
+        name: one of ``list_models()``.
+        config: the keyword arguments of ``build``.
+
+    Raises:
+        ValueError: there is no such model; or weights are missing, damaged, of another model, or of another input
+            scaling than asked for.
+        TypeError: an unknown keyword argument.
+    """
+    if name not in MODELS:
+        raise ValueError(f"there is no model {name!r}; ssd.list_models() has the names of all: {', '.join(MODELS)}")
+    return MODELS[name](**config)
+
+
 def build(
     backbone: Backbone,
     size: int,
@@ -30,7 +54,7 @@ def build(
     predictor: Callable[[int, int], nn.Module] = conv3x3,
     **kwargs,
 ) -> SSD:
-    """A member of the family. ``MODELS["ssd300_vgg16"]`` has 25.1 mAP on COCO val2017 with torchvision's weights.
+    """A whole model.
 
     Args:
         backbone: an entry of ``BACKBONES``.
@@ -52,8 +76,7 @@ def build(
         kwargs: keyword arguments of ``SSD``.
 
     Raises:
-        ValueError: weights that are missing, damaged, of another model, or of another input scaling than asked for.
-        TypeError: an unknown keyword argument.
+        ValueError: see ``get_model``.
     """
     if weights_backbone == "default":
         weights_backbone = backbone.weights
@@ -63,30 +86,33 @@ def build(
     content = None
     if weights is not None:
         content, weights_backbone = load_weights(weights), None
+    scaling = choose_scaling(input_scaling, backbone, weights_backbone, content, weights)
     init = WEIGHT_INITS[backbone.weight_init if weight_init == "default" else weight_init]
-    feature_extractor = backbone.make(
-        weights_backbone, size=size, trainable_layers=trainable_backbone_layers, init=init
-    )
-    if content is None:
-        scaling = scaling_of_backbone(weights_backbone)
-    else:
-        scaling = scaling_of_model(content, weights, backbone, input_scaling)
-    if input_scaling == "default":
-        input_scaling = scaling or backbone.input_scaling
     if num_classes is None:
         num_classes = NUM_COCO_CLASSES if content is None else count_classes(content["model"], weights)
     model = SSD(
-        feature_extractor,
+        backbone.make(weights_backbone, size=size, trainable_layers=trainable_backbone_layers, init=init),
         backbone.default_boxes.get(size),
         size,
         num_classes,
         head=partial(SSDHead, predictor=predictor, init=init),
-        input_scaling=input_scaling,
+        input_scaling=scaling,
         **kwargs,
     )
     if content is not None:
         model.initialised_anew = load_fitting(model, content, weights)
     return model
+
+
+def choose_scaling(
+    asked: str, backbone: Backbone, weights_backbone: str | None, content: dict | None, weights: str | None
+) -> str:
+    """The input scaling that is asked for, else that of the weights, of either kind, else that of ``backbone``."""
+    if content is None:
+        told_by_weights = scaling_of_backbone(weights_backbone)
+    else:
+        told_by_weights = scaling_of_model(content, weights, backbone, asked)
+    return asked if asked != "default" else told_by_weights or backbone.input_scaling
 
 
 def scaling_of_model(content: dict, source: str, backbone: Backbone, asked: str) -> str | None:

@@ -13,7 +13,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator as TorchvisionGenerator
 
-import shapes
+import evaluate
+from coco import shapes
+from engine import inference
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,12 +128,18 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def infer(args, model, annotations, images_dir) -> inference.Inference:
+    """What evaluate.py does with the images of the annotations, as ``args`` say."""
+    dataset = evaluate.make_validation_set(args, model, annotations, images_dir)
+    return evaluate.make_infer(args, torch.device("cpu"))(model, dataset, annotations.category_id_of)
+
+
 @pytest.fixture(scope="session")
 def run():
     """Runs a script as a user does, and returns the finished process; ``processes`` starts it under torchrun."""
 
     def run_script(*command, processes: int = 1, fails: bool = False, timeout=600) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if processes > 1 else dict(os.environ)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
         command = [*launcher(processes), *map(str, command)]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment)
         assert (result.returncode != 0) == fails, result.stdout + result.stderr

@@ -1,6 +1,6 @@
 """Runs train.py and lets something happen to one of its processes:
 
-    torchrun --nproc-per-node=2 tests/sabotage.py RANK MOMENT CALL WHAT [flags of train.py]
+    torchrun --nproc-per-node=2 -m tests.sabotage RANK MOMENT CALL WHAT [flags of train.py]
 
 WHAT is a signal, which the process sends to itself, or "nan": a loss becomes that. It happens in the CALL-th call of a
 function that is called at the MOMENT, and not again after a restart by torchrun. Then the first process comes late, so
@@ -11,17 +11,12 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import tiny
-
-import evaluate
-import failures
 import ssd
 import train
-from training_state import TrainingState
+from engine import failures, inference
+from engine.training_state import TrainingState
+from tests import tiny
 
 MOMENTS = {
     "start": (train, "make_model"),
@@ -29,8 +24,8 @@ MOMENTS = {
     "loss": (ssd.SSD, "compute_loss"),
     "step": (TrainingState, "update"),
     "save": (ssd, "save_file"),
-    "detect": (evaluate, "predict"),
-    "score": (evaluate, "score"),
+    "detect": (inference, "predict"),
+    "score": (inference, "score"),
 }
 
 
@@ -55,7 +50,7 @@ def sabotage(moment: str, call: int, what: str, replace=setattr) -> None:
 
 if __name__ == "__main__":
     rank, moment, call, what, *flags = sys.argv[1:]
-    ssd.MODELS["tiny"] = tiny.MODEL
+    ssd.family.MODELS["tiny"] = tiny.MODEL
     is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if is_restart and os.environ["RANK"] == "0":
         time.sleep(5)

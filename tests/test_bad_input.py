@@ -5,12 +5,13 @@ import re
 import shutil
 
 import pytest
-from conftest import SMALL
-from tiny import MODEL, TINY
 
-import check_data
 import ssd
 import train
+from engine import check_data
+from engine.flags import find_split
+from tests.conftest import SMALL
+from tests.tiny import MODEL, TINY
 
 
 @pytest.fixture
@@ -31,6 +32,13 @@ def damaged(data_path, tmp_path):
 
 def has_line(text: str, path, fault: str) -> bool:
     return re.search(rf"^.*{re.escape(str(path))} \(image id \d+\): .*{fault}.*$", text, re.MULTILINE) is not None
+
+
+def find_faults(*arguments) -> list[str]:
+    """What --check-data has to say, in this process."""
+    args = train.parse_args([str(argument) for argument in arguments])
+    splits = (find_split(args, name) for name in ("train", "val"))
+    return list(check_data.find_faults(*splits, workers=0, loader_timeout=0))
 
 
 def test_check_data_finds_nothing_wrong_with_a_good_set(run, data_path):
@@ -59,7 +67,7 @@ def test_check_data_lists_every_fault(run, damaged, tmp_path):
 def test_check_data_goes_on_after_a_broken_annotation_file(damaged):
     root, faults = damaged
     (root / "annotations/instances_train2017.json").write_text("{")
-    found = list(check_data.find_faults(train.parse_args(["--data-path", str(root), "--workers", "0"])))
+    found = find_faults("--data-path", root)
     assert len(found) == 2
     assert "not a COCO annotation file" in found[0]
     assert has_line(found[1], *list(faults.items())[-1])
@@ -73,7 +81,7 @@ def test_check_data_knows_when_there_is_nothing_to_train_on(data_path, tmp_path,
         annotation["iscrowd"] = 1
     path.write_text(json.dumps(content))
     arguments = ["--data-path", str(tmp_path / "crowds"), "--workers", "0"]
-    assert list(check_data.find_faults(train.parse_args(arguments))) == [f"{path}: no image has a box to train on"]
+    assert find_faults(*arguments) == [f"{path}: no image has a box to train on"]
     assert "training uses 0 images with 0 boxes" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no image has a box to train on"):
         train.main(train.parse_args([*SMALL, *arguments, "--output-dir", str(tmp_path / "out")]))
@@ -91,7 +99,7 @@ def test_a_bad_image_ends_a_run_with_one_line(run, damaged, tmp_path, workers):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bad_images_are_skipped_counted_and_named(run, damaged, tmp_path, processes):
     root, faults = damaged
-    command = ["tests/tiny.py", *TINY, "--data-path", root, "--output-dir", tmp_path, "--workers", 2 - processes]
+    command = ["-m", "tests.tiny", *TINY, "--data-path", root, "--output-dir", tmp_path, "--workers", 2 - processes]
     command += ["--print-freq", 1]
     result = run(*command, "--on-bad-image", "skip", "--epochs", 2, processes=processes)
     *train_faults, val_fault = faults.items()
@@ -122,7 +130,19 @@ def test_evaluation_counts_what_it_skipped(run, damaged, tmp_path):
 
 def test_images_in_memory_train_the_same(run, data_path, tmp_path):
     """In two processes, with a worker each where the images must reach them."""
-    command = ["tests/tiny.py", *TINY, "--data-path", data_path, "--max-steps", 2, "--eval-freq", 0, "--print-freq", 1]
+    command = [
+        "-m",
+        "tests.tiny",
+        *TINY,
+        "--data-path",
+        data_path,
+        "--max-steps",
+        2,
+        "--eval-freq",
+        0,
+        "--print-freq",
+        1,
+    ]
     losses = []
     for name, flags in (("disk", ["--workers", 0]), ("memory", ["--workers", 1, "--cache", "ram"])):
         run(*command, *flags, "--output-dir", tmp_path / name, processes=2)
@@ -160,7 +180,7 @@ def test_check_data_notes_what_training_leaves_out(data_path, tmp_path, capsys):
     content["annotations"][1]["bbox"] = [5, 5, 0, 10]
     del content["annotations"][2]["area"]
     path.write_text(json.dumps(content))
-    assert not list(check_data.find_faults(train.parse_args(["--data-path", str(tmp_path / "odd"), "--workers", "0"])))
+    assert not find_faults("--data-path", tmp_path / "odd")
     console = capsys.readouterr().out
     outside, empty = content["annotations"][:2]
     for annotation in (outside, empty):
@@ -170,7 +190,7 @@ def test_check_data_notes_what_training_leaves_out(data_path, tmp_path, capsys):
 
 
 def test_a_resumed_run_goes_on_counting_what_it_skips(damaged, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(ssd.MODELS, "tiny", MODEL)
+    monkeypatch.setitem(ssd.family.MODELS, "tiny", MODEL)
     root, _ = damaged
     command = [*TINY, "--data-path", str(root), "--workers", "0", "--eval-freq", "0", "--on-bad-image", "skip"]
 

@@ -1,25 +1,17 @@
 """What measures: right where it computes, and ready to run where there is a GPU."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
-sys.path.append(str(ROOT / "benchmarks"))  # whose scripts import each other by name
-
-import coco_like
-import device_profile
-import on_gpu
-import train_step
-from device_profile import Interval
-from turns import Variants
-
-import coco_annotations
+import coco
 import ssd
+from benchmarks import coco_like, device_profile, on_gpu, train_step
+from benchmarks.device_profile import Interval
+from benchmarks.turns import Variants
 
 
 def test_the_run_for_a_gpu_is_rehearsed(run, tmp_path):
@@ -101,7 +93,7 @@ def test_a_profile_says_how_busy_the_device_was_and_where_it_stood_still():
 
 def test_padded_heads_predict_the_same_with_the_same_weights():
     torch.manual_seed(0)
-    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7).double()
+    model = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=7).double()
     keys = model.state_dict().keys()
     maps = [torch.rand(1, channels, 3, 3, dtype=torch.float64) for channels in model.backbone.out_channels]
 
@@ -158,7 +150,7 @@ def test_drawn_files_are_used_again(tmp_path):
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "train2017").iterdir()}
     assert len(after) == 3
     assert before.items() <= after.items()
-    annotations = coco_annotations.read_annotations(tmp_path / "annotations/instances_train2017.json")
+    annotations = coco.read_annotations(tmp_path / "annotations/instances_train2017.json")
     assert len(annotations.image_ids) == 7
     assert annotations.num_classes == 91
     assert max(annotations.offsets[1:] - annotations.offsets[:-1]) == coco_like.MAX_BOXES

@@ -6,10 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_transforms import NUM_DRAWS, ks_p_value, make_image, to_tensor
 
-from photometric import CaffePhotometricDistort
-from transforms import CaffeIoUCrop, View
+from tests.test_transforms import NUM_DRAWS, ks_p_value, make_image, to_tensor
+from transforms import CaffeIoUCrop, CaffePhotometricDistort, View
 
 NEUTRAL = {"brightness": 0.0, "contrast_before": 1.0, "contrast_after": 1.0, "saturation": 1.0, "hue": 0.0}
 BOXES = np.array([[20, 30, 120, 200], [150, 100, 380, 280], [200, 20, 240, 60]], np.float32)

@@ -3,21 +3,21 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import annotation, image
 from PIL import Image
 
-import coco_annotations
+import coco
 import coco_utils
-import loading
-from coco_annotations import DataError
+from coco import DataError
+from coco.shared_files import SharedFiles, read_files
 from coco_utils import CocoEvalDataset, CocoTrainDataset, EpochBatchSampler
+from engine import loading
 from presets import DetectionPresetEval, DetectionPresetTrain
-from shared_files import SharedFiles, read_files
+from tests.conftest import annotation, image
 
 
 def train_dataset(path, images_dir="") -> CocoTrainDataset:
     preset = DetectionPresetTrain(data_augmentation="ssd", size=300)
-    return CocoTrainDataset(coco_annotations.read_annotations(path), images_dir, preset, seed=0)
+    return CocoTrainDataset(coco.read_annotations(path), images_dir, preset, seed=0)
 
 
 def test_what_is_trained_on(write):
@@ -36,7 +36,7 @@ def test_what_is_trained_on(write):
     )
     assert len(dataset) == 1
     assert dataset.num_boxes == dataset.max_boxes == 2
-    boxes, labels = coco_utils.objects_of_image(dataset.annotations, 0)
+    boxes, labels = coco.objects_of_image(dataset.annotations, 0)
     assert boxes.tolist() == [[0, 0, 20, 20], [90, 70, 100, 80]]
     assert labels.tolist() == [3, 7]
 
@@ -140,13 +140,13 @@ def test_fewer_processes_that_accumulate_share_the_same_steps(world_size, accumu
 
 
 def test_evaluation_serves_every_image_with_its_objects(data_path):
-    a = coco_annotations.read_annotations(data_path / "annotations/instances_val2017.json")
+    a = coco.read_annotations(data_path / "annotations/instances_val2017.json")
     dataset = CocoEvalDataset(a, data_path / "val2017", DetectionPresetEval(size=64))
     samples = [dataset[i] for i in range(len(dataset))]
     assert [sample["image_id"] for sample in samples] == a.image_ids.tolist()
     assert samples[1]["image"].shape == (3, 64, 64)
     assert samples[1]["size"].tolist() == a.sizes[1].tolist()
-    boxes, labels = coco_utils.objects_of_image(a, 1)
+    boxes, labels = coco.objects_of_image(a, 1)
     height, width = a.sizes[1]
     np.testing.assert_allclose(samples[1]["boxes"] * torch.tensor([width, height] * 2) / 64, boxes, atol=1e-3)
     assert samples[1]["labels"].tolist() == labels.tolist()
@@ -154,10 +154,10 @@ def test_evaluation_serves_every_image_with_its_objects(data_path):
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK", "RGB"])
 def test_images_of_any_mode_become_rgb(tmp_path, write, mode):
-    a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1)]))
+    a = coco.read_annotations(write([annotation(1)], images=[image(1)]))
     source = Image.new("RGB", (100, 80), (255, 0, 0)).convert(mode)
     source.save(tmp_path / "1.png", format="JPEG" if mode == "CMYK" else "PNG")
-    pixels = coco_utils.load_image(a, tmp_path, 0)
+    pixels = coco.load_image(a, tmp_path, 0)
     assert pixels.shape == (80, 100, 4)
     assert pixels.dtype == np.uint8
     assert np.array_equal(pixels[..., :3], np.asarray(Image.open(tmp_path / "1.png").convert("RGB")))
@@ -165,10 +165,10 @@ def test_images_of_any_mode_become_rgb(tmp_path, write, mode):
 
 
 def test_images_of_more_than_8_bits_are_refused(tmp_path, write):
-    a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1)]))
+    a = coco.read_annotations(write([annotation(1)], images=[image(1)]))
     Image.new("I;16", (100, 80)).save(tmp_path / "1.png")
     with pytest.raises(DataError, match=r"1\.png \(image id 1\): has more than 8 bits per channel; convert it to 8"):
-        coco_utils.load_image(a, tmp_path, 0)
+        coco.load_image(a, tmp_path, 0)
 
 
 @pytest.mark.parametrize("limit", [100 * 80 - 1, 100 * 40 - 1])
@@ -176,10 +176,10 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path, write):
 def test_decompression_bombs_are_refused(tmp_path, write, monkeypatch, limit, size):
     """Over the limit, where Pillow warns, and over twice the limit, where it raises; whatever size the json says."""
     Image.new("L", (100, 80)).save(tmp_path / "1.png")
-    a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1, *size)]))
+    a = coco.read_annotations(write([annotation(1)], images=[image(1, *size)]))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(DataError, match=rf"\(image id 1\): is a decompression bomb, with more than {limit} pixels"):
-        coco_utils.load_image(a, tmp_path, 0)
+        coco.load_image(a, tmp_path, 0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 2)])
@@ -212,7 +212,7 @@ def test_boxes_are_padded_to_the_slots_asked_for(num_slots, expected):
 def test_skipping_serves_a_sample_without_objects(tmp_path, write):
     Image.new("RGB", (100, 80), "white").save(tmp_path / "2.png")
     path = write([annotation(1), annotation(2, image_id=2)])
-    a, preset = coco_annotations.read_annotations(path), DetectionPresetTrain(data_augmentation="ssd", size=300)
+    a, preset = coco.read_annotations(path), DetectionPresetTrain(data_augmentation="ssd", size=300)
     dataset = CocoTrainDataset(a, tmp_path, preset, seed=0, skip_bad_images=True)
     batch = coco_utils.collate([dataset[0, 0], dataset[0, 1]])
     assert batch["fault"] == [f"{tmp_path / '1.png'} (image id 1): no such file; check the image folder", ""]
@@ -254,7 +254,7 @@ def test_batches_are_the_same_for_any_number_of_workers(data_path, workers):
 def test_a_data_set_may_go_to_workers_that_are_started_anew(data_path, tmp_path):
     """What they get is the names of index and shared memory."""
     path = data_path / "annotations/instances_train2017.json"
-    a = coco_annotations.read_annotations(path, tmp_path / "index")
+    a = coco.read_annotations(path, tmp_path / "index")
     preset = DetectionPresetTrain(data_augmentation="ssd", size=300)
     files = SharedFiles(*read_files(a.image_paths(data_path / "train2017")))
     dataset = CocoTrainDataset(a, tmp_path / "nowhere", preset, seed=0, files=files)
@@ -267,11 +267,11 @@ def test_a_data_set_may_go_to_workers_that_are_started_anew(data_path, tmp_path)
 
 
 def test_exif_rotation_is_ignored(tmp_path, write):
-    a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1)]))
+    a = coco.read_annotations(write([annotation(1)], images=[image(1)]))
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees
     Image.new("RGB", (100, 80)).save(tmp_path / "1.png", format="JPEG", exif=exif)
-    assert coco_utils.load_image(a, tmp_path, 0).shape == (80, 100, 4)
+    assert coco.load_image(a, tmp_path, 0).shape == (80, 100, 4)
 
 
 def test_bad_images_are_named(tmp_path, write):
@@ -287,15 +287,13 @@ def test_bad_images_are_named(tmp_path, write):
     }
     where = f"{tmp_path / '1.png'} (image id 1): "
     for content, message in {None: "no such file; check the image folder", **contents}.items():
-        a = coco_annotations.read_annotations(
-            write([annotation(1)], images=[image(1, 90 if content == whole else 100)])
-        )
+        a = coco.read_annotations(write([annotation(1)], images=[image(1, 90 if content == whole else 100)]))
         if content is not None:
             (tmp_path / "1.png").write_bytes(content)
-        assert coco_utils.fault_of_image(a, tmp_path, 0).startswith(where + message)
+        assert coco.fault_of_image(a, tmp_path, 0).startswith(where + message)
         if content:  # from memory as from the disk
             with pytest.raises(DataError) as error:
-                coco_utils.load_image(a, tmp_path / "nowhere", 0, content)
+                coco.load_image(a, tmp_path / "nowhere", 0, content)
             assert message in str(error.value)
             assert "\n" not in str(error.value)
             assert " object at " not in str(error.value)
@@ -306,8 +304,8 @@ def test_image_folders_may_hold_links(tmp_path, write):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (100, 80)).save(tmp_path / "store/a.png")
     (tmp_path / "images/1.png").symlink_to(tmp_path / "store/a.png")
-    a = coco_annotations.read_annotations(write([annotation(1)], images=[image(1)]))
-    assert coco_utils.load_image(a, tmp_path / "images", 0).shape == (80, 100, 4)
+    a = coco.read_annotations(write([annotation(1)], images=[image(1)]))
+    assert coco.load_image(a, tmp_path / "images", 0).shape == (80, 100, 4)
 
 
 def test_an_error_in_a_loader_worker_stays_one_line(tmp_path, write):

@@ -5,15 +5,15 @@ import re
 
 import pytest
 import torch
-from conftest import SMALL
 from torch import nn
 
-import coco_eval
 import evaluate
-import optimization
 import ssd
 import train
 import utils
+from coco import scoring
+from engine import checkpoints, optimization
+from tests.conftest import SMALL
 
 NUM_HEAD_TENSORS = 12  # of the classification head: weights and biases for six feature maps
 
@@ -22,7 +22,7 @@ NUM_HEAD_TENSORS = 12  # of the classification head: weights and biases for six 
 def coco_checkpoint(tmp_path_factory):
     """As of a run on COCO's 91 classes."""
     torch.manual_seed(7)
-    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, input_scaling="caffe")
+    model = ssd.get_model("ssd300_resnet18", weights_backbone=None, input_scaling="caffe")
     path = tmp_path_factory.mktemp("coco") / "coco.pth"
     arguments = {"model": "ssd300_resnet18", "input_scaling": model.input_scaling}
     ssd.save_file({"model": model.state_dict(), "args": arguments, "version": ssd.VERSION}, path)
@@ -59,7 +59,7 @@ def test_a_run_keeps_what_fits_and_names_what_begins_anew(train_steps, coco_chec
 def test_the_same_number_of_classes_keeps_all_and_says_so(train_steps, tmp_path, capsys):
     """Where the run continues, its own checkpoint counts."""
     weights = tmp_path / "seven.pth"
-    torch.save(ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7).state_dict(), weights)
+    torch.save(ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=7).state_dict(), weights)
     train_steps("--weights", weights)
     assert f"Kept from {weights}: all weights, for 7 classes" in capsys.readouterr().out
     train_steps("--weights", weights, "--resume", "auto", steps=3)
@@ -80,12 +80,12 @@ def test_a_frozen_backbone_stays_as_it_was(train_steps, coco_checkpoint, capsys,
             trained["head.regression_head.module_list.0.bias"], before["head.regression_head.module_list.0.bias"]
         )
     console = capsys.readouterr().out
-    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7)
+    model = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=7)
     trainable = sum(parameter.numel() for parameter in model.head.parameters())
     assert console.count(f"of which {trainable:,} train") == 2
     assert "Changed since" in console
     assert "trainable" not in "".join(line for line in console.splitlines() if "Changed since" in line)
-    assert evaluate.load_model(str(tmp_path / "checkpoint.pth"), None)[0].input_scaling == "caffe"
+    assert checkpoints.load_model(str(tmp_path / "checkpoint.pth"), None)[0].input_scaling == "caffe"
 
 
 def test_a_recipe_does_not_scale_what_was_trained_otherwise(train_steps, coco_checkpoint):
@@ -108,7 +108,7 @@ def test_a_state_dict_is_evaluated_with_the_scaling_that_is_named(data_path, tmp
         args = evaluate.get_args_parser().parse_args([str(part) for part in arguments])
         models[name] = evaluate.open_model(args, torch.device("cpu"))[0].input_scaling
     assert models == {"told": "caffe", "named": "caffe", "default": "imagenet"}
-    seven = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7)
+    seven = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=7)
     torch.save(seven.state_dict(), tmp_path / "seven.pth")
     found = []
     for scaling in ("imagenet", "caffe"):
@@ -123,19 +123,19 @@ def test_a_state_dict_is_evaluated_with_the_scaling_that_is_named(data_path, tmp
     "args", [None, {}, {"model": "ssd9000"}, {"model": ["ssd300_resnet18"]}, ["ssd300_resnet18"]], ids=str
 )
 def test_a_checkpoint_of_an_unknown_model(tmp_path, args):
-    state_dict = ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=2).state_dict()
+    state_dict = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=2).state_dict()
     content = {"model": state_dict, "categories": [], "version": ssd.VERSION, "args": args}
     ssd.save_file(content, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match=r"odd.pth: (is of a model that is not known|not the weights of this model)"):
-        evaluate.load_model(str(tmp_path / "odd.pth"), None)
+        checkpoints.load_model(str(tmp_path / "odd.pth"), None)
 
 
 @pytest.mark.parametrize("name", ["SSD300_VGG16_Weights.COCO_V1", "SSDLite320_MobileNet_V3_Large_Weights.COCO_V1"])
 def test_torchvisions_weights_name_their_model(monkeypatch, name):
     built = []
-    for model in ssd.MODELS:
-        monkeypatch.setitem(ssd.MODELS, model, lambda model=model, **settings: built.append(model))
-    evaluate.load_model(name, None)
+    for model in ssd.family.MODELS:
+        monkeypatch.setitem(ssd.family.MODELS, model, lambda model=model, **settings: built.append(model))
+    checkpoints.load_model(name, None)
     assert built == [name.split("_Weights")[0].lower()]
 
 
@@ -172,9 +172,9 @@ def test_a_warm_up_that_does_not_end_is_an_error(capsys):
 
 def test_batch_norm_has_its_own_weight_decay():
     """All parameters train, each in one group; with no decay of their own in a single one."""
-    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None)
+    model = ssd.get_model("ssd300_resnet18", weights_backbone=None)
     args = train.parse_args(["--norm-weight-decay", "0", "--weight-decay", "0.1"])
-    others, norms = optimization.make_optimizer(args, model).param_groups
+    others, norms = train.make_optimizer(args, model).param_groups
     assert (others["weight_decay"], norms["weight_decay"]) == (0.1, 0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     expected = {
@@ -185,7 +185,7 @@ def test_batch_norm_has_its_own_weight_decay():
     }
     assert {names[parameter] for parameter in norms["params"]} == expected
     assert {names[parameter] for parameter in others["params"]} == set(names.values()) - expected
-    (group,) = optimization.make_optimizer(train.parse_args([]), model).param_groups
+    (group,) = train.make_optimizer(train.parse_args([]), model).param_groups
     assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model.parameters()]
 
 
@@ -199,18 +199,18 @@ def test_weight_decay_of_batch_norm_through_training_and_resume(train_steps):
 def test_flags_for_batch_norm_say_where_there_is_none(capsys):
     args = train.parse_args(["--norm-weight-decay", "0", "--sync-bn"])
     args.input_scaling = "caffe"
-    model = ssd.MODELS["ssd300_vgg11"](weights_backbone=None)
+    model = ssd.get_model("ssd300_vgg11", weights_backbone=None)
     lines = list(train.describe_model(args, model))
     assert lines[1:] == [
         f"{flag} has no effect: ssd300_vgg16 has no batch norm" for flag in ("--sync-bn", "--norm-weight-decay")
     ]
-    assert len(optimization.make_optimizer(args, model).param_groups[1]["params"]) == 0
+    assert len(train.make_optimizer(args, model).param_groups[1]["params"]) == 0
 
 
 def test_synchronised_batch_norm_needs_gpus(train_steps):
     with pytest.raises(ValueError, match="--sync-bn needs GPUs"):
         train_steps("--sync-bn")
-    model = ssd.MODELS["ssd300_resnet18"](weights_backbone=None)
+    model = ssd.get_model("ssd300_resnet18", weights_backbone=None)
     norms = sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
     keys = model.state_dict().keys()
     converted = utils.synchronise_batch_norm(model, torch.device("cuda"))
@@ -242,9 +242,9 @@ def test_members_and_recipes_through_the_scripts(run, data_path, tmp_path, model
     flags = ["--data-path", data_path, "--workers", 0, "--device", "cpu", "--batch-size", 2, "--output-dir", output_dir]
     result = run("evaluate.py", "--checkpoint", checkpoint, *flags)
     metrics = json.loads((tmp_path / "evaluation/metrics.json").read_text())
-    assert coco_eval.format_table(metrics) in result.stdout
+    assert scoring.format_table(metrics) in result.stdout
     in_training = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {name: metrics[name] for name in coco_eval.METRICS} == pytest.approx(
-        {name: in_training[name] for name in coco_eval.METRICS}, abs=1e-12
+    assert {name: metrics[name] for name in scoring.METRICS} == pytest.approx(
+        {name: in_training[name] for name in scoring.METRICS}, abs=1e-12
     )
     assert metrics["counts"]["detections"] > 0

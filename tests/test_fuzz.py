@@ -7,16 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CATEGORIES, annotation, image, pycocotools_stats
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import coco_annotations
-import coco_eval
-import coco_utils
-import loading
-from coco_annotations import DataError
+import coco
+from coco import DataError, scoring
+from engine import loading
+from tests.conftest import CATEGORIES, annotation, image, pycocotools_stats
 
 CASES = settings(
     max_examples=1500, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -86,7 +84,7 @@ def read_or_refuse(read, path: Path):
     return None
 
 
-def assert_sound(annotations: coco_annotations.CocoAnnotations, content: dict) -> None:
+def assert_sound(annotations: coco.CocoAnnotations, content: dict) -> None:
     """Everything that the file says is there, nothing contradicts itself, and a perfect detector is found to be one."""
     assert annotations.image_ids.tolist() == [one["id"] for one in content["images"]]
     assert sorted(annotations.annotation_ids.tolist()) == sorted(one["id"] for one in content["annotations"])
@@ -102,7 +100,7 @@ def assert_sound(annotations: coco_annotations.CocoAnnotations, content: dict) -
         image_ids = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
         columns = image_ids, boxes, np.ones(len(boxes)), annotations.category_ids
         perfect = np.column_stack(columns)[is_object]
-        scores = coco_eval.score_detections(annotations, perfect.astype(np.float64), "hotcoco")
+        scores = scoring.score_detections(annotations, perfect.astype(np.float64), "hotcoco")
         assert scores.metrics["AP50"] == pytest.approx(1)
 
 
@@ -118,7 +116,7 @@ def test_annotation_files(folder):
     @example({"images": IMAGES, "annotations": ANNOTATIONS, "categories": CATEGORIES})
     def check(content):
         path.write_text(json.dumps(content))
-        annotations = read_or_refuse(lambda: coco_annotations.read_annotations(path), path)
+        annotations = read_or_refuse(lambda: coco.read_annotations(path), path)
         if annotations is not None:
             accepted.append(content)
             assert_sound(annotations, content)
@@ -130,7 +128,7 @@ def test_annotation_files(folder):
 def test_results_files(folder):
     truth, path = folder / "truth.json", folder / "results.json"
     truth.write_text(json.dumps({"images": IMAGES, "annotations": ANNOTATIONS, "categories": CATEGORIES}))
-    annotations = coco_annotations.read_annotations(truth)
+    annotations = coco.read_annotations(truth)
     accepted = []
 
     @CASES
@@ -138,12 +136,12 @@ def test_results_files(folder):
     @example(RESULTS)
     def check(content):
         path.write_text(json.dumps(content))
-        detections = read_or_refuse(lambda: coco_eval.read_results(path, annotations), path)
+        detections = read_or_refuse(lambda: scoring.read_results(path, annotations), path)
         if detections is not None and len(detections):
             accepted.append(content)
-            metrics = coco_eval.score_detections(annotations, detections, "hotcoco").metrics
+            metrics = scoring.score_detections(annotations, detections, "hotcoco").metrics
             expected = pycocotools_stats(truth, path)
-            assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == expected
+            assert [-1 if metrics[name] is None else metrics[name] for name in scoring.METRICS] == expected
 
     check()
     assert len(accepted) > MANY
@@ -158,9 +156,9 @@ def test_files_that_are_something_else(folder, content):
     path, truth = folder / "other.json", folder / "truth.json"
     path.write_bytes(content)
     truth.write_text(json.dumps({"images": IMAGES, "annotations": ANNOTATIONS, "categories": CATEGORIES}))
-    assert read_or_refuse(lambda: coco_annotations.read_annotations(path), path) is None
-    annotations = coco_annotations.read_annotations(truth)
-    detections = read_or_refuse(lambda: coco_eval.read_results(path, annotations), path)
+    assert read_or_refuse(lambda: coco.read_annotations(path), path) is None
+    annotations = coco.read_annotations(truth)
+    detections = read_or_refuse(lambda: scoring.read_results(path, annotations), path)
     assert detections is None or len(detections) == 0  # an empty list is one of no detections
 
 
@@ -182,8 +180,8 @@ def load(folder: Path, content: bytes) -> np.ndarray | None:
     if not truth.exists():
         one = {"images": [image(1, 96, 80)], "annotations": [annotation(1)], "categories": CATEGORIES}
         truth.write_text(json.dumps(one))
-    annotations = coco_annotations.read_annotations(truth)
-    found = read_or_refuse(lambda: coco_utils.load_image(annotations, folder, 0), path)
+    annotations = coco.read_annotations(truth)
+    found = read_or_refuse(lambda: coco.load_image(annotations, folder, 0), path)
     return None if found is None else found[..., :3]
 
 

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_train import losses_and_gradients, make_batch, make_batch_losses
 
-import execution
-import optimization
 import train
 import utils
-from divergence import NOT_FINITE, Divergence
-from run_log import RunLog, StepLog
-from training_state import TrainingState, copy_to_host
+from engine import execution
+from engine.divergence import NOT_FINITE, Divergence
+from engine.run_log import RunLog, StepLog
+from engine.training_state import TrainingState, copy_to_host
+from tests.test_train import losses_and_gradients, make_batch, make_batch_losses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda", 0)
@@ -29,7 +28,7 @@ def batch_losses_on_gpu(amp: bool = False) -> train.BatchLosses:
 def make_state(batch_losses: train.BatchLosses, accumulate: int = 1, *flags: str) -> TrainingState:
     args = train.parse_args(["--lr", "1e-5", *flags])  # so low that differences of rounding stay small
     args.world_size = 1
-    optimizer = optimization.make_optimizer(args, batch_losses.model)
+    optimizer = train.make_optimizer(args, batch_losses.model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     scaler = torch.amp.GradScaler("cuda", enabled=args.amp == "fp16")
     return TrainingState(batch_losses.model, optimizer, schedule, scaler, 9, accumulate)

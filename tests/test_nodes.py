@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_resume import assert_equal_states
-from tiny import TINY
+
+from tests.conftest import ROOT
+from tests.test_resume import assert_equal_states
+from tests.tiny import TINY
 
 NAMES = [f"ssd-{os.getpid()}-{node}" for node in (0, 1)]
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -52,7 +53,7 @@ def validation_lines(output_dir: Path) -> list[dict]:
 
 
 def test_two_machines_train_and_evaluate_as_one_does(run, data_path, tmp_path, machines):
-    command = ["tests/tiny.py", *TINY, "--data-path", data_path, "--epochs", 2, "--max-steps", 3, "--workers", 0]
+    command = ["-m", "tests.tiny", *TINY, "--data-path", data_path, "--epochs", 2, "--max-steps", 3, "--workers", 0]
     run(*command, "--output-dir", tmp_path / "one", processes=2)
     prefixes, environment, addresses, port = machines
     agents = []

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import optimization
 import presets
 import ssd
 import train
@@ -31,10 +30,10 @@ def built():
         loaded.clear()
         args = train.parse_args(["--recipe", name])
         args.world_size = 8
-        model = train.make_model(args, num_classes=91)
-        optimizer = optimization.make_optimizer(args, model)
+        model = train.make_model(args, torch.device("cpu"), num_classes=91)
+        optimizer = train.make_optimizer(args, model)
         (group,) = optimizer.param_groups
-        factor = optimization.lr_schedule(args, STEPS_PER_EPOCH)
+        factor = train.make_schedule(args, STEPS_PER_EPOCH)
         preset = presets.DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
         return {
             "size and boxes": (model.size, len(model.default_boxes)),
@@ -45,7 +44,7 @@ def built():
             "augmentation": [(type(one).__name__, vars(one)) for one in (*preset.geometric, preset.photometric) if one],
             "optimizer": (type(optimizer), group.get("momentum"), group.get("nesterov")),
             "weight decay": group["weight_decay"],
-            "images per step": optimization.global_batch(args),
+            "images per step": args.batch_size * args.world_size * args.accumulate,
             "rates": [group["lr"] * factor(epoch * STEPS_PER_EPOCH + 1500) for epoch in range(args.epochs)],
         }
 

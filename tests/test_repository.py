@@ -2,41 +2,51 @@
 
 import argparse
 import ast
+import graphlib
+import importlib
 import re
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import evaluate
 import presets
+import ssd
 import train
 from benchmarks.family import family_table
+from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+README, *DOCS = PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
+WINGS = ("ssd", "coco", "engine", "view")
 ALLOWED_IMPORTS = {
-    "train": {"evaluate", "validation", "check_data", "checkpoints", "flags", "presets", "pictures", "shared_files"}
-    | {"training_state", "divergence", "execution", "interruption", "failures", "loading", "optimization", "run_log"}
-    | {"coco_annotations", "coco_utils", "utils", "ssd"},
-    "validation": {"evaluate", "reports", "training_state", "run_log", "coco_annotations", "coco_eval", "utils"},
-    "evaluate": {"flags", "own_images", "presets", "reports", "coco_annotations", "coco_eval", "coco_utils"}
-    | {"execution", "failures", "loading", "utils", "ssd"},
-    "checkpoints": {"training_state", "coco_annotations", "coco_utils", "utils", "ssd"},
-    "check_data": {"flags", "coco_annotations", "coco_utils", "loading", "run_log", "utils"},
-    "own_images": {"reports", "coco_annotations", "coco_utils", "pictures"},
-    "reports": {"coco_annotations", "coco_eval", "coco_utils", "pictures", "plots"},
-    "flags": {"coco_annotations", "execution", "presets", "shapes", "utils", "ssd"},
-    "training_state": {"utils", "ssd"},
-    "divergence": {"utils", "ssd"},
-    "interruption": {"failures", "utils"},
-    **{room: {"utils"} for room in ("failures", "run_log")},
-    "presets": {"transforms", "photometric"},
-    "photometric": {"transforms"},
-    "coco_eval": {"coco_annotations"},
-    "coco_utils": {"coco_annotations", "shared_files"},
-    **{room: set() for room in ("transforms", "coco_annotations", "shared_files", "loading", "optimization", "utils")},
-    **{room: set() for room in ("execution", "pictures", "plots", "shapes", "ssd")},
+    **{place: set() for place in ("ssd", "transforms", "utils")},
+    "coco": {"ssd", "transforms", "utils"},
+    "coco_utils": {"coco"},
+    "view": {"coco_utils", "coco", "ssd", "transforms", "utils"},
+    "engine": {"view", "coco_utils", "coco", "ssd", "transforms", "utils"},
+    "presets": {"transforms"},
+    "evaluate": {"presets", "engine", "view", "coco_utils", "coco", "ssd", "utils"},
+    "train": {"evaluate", "presets", "engine", "view", "coco_utils", "coco", "ssd", "utils"},
 }
+# which of them know argparse; ssd/files.py, because torchvision's checkpoints hold a Namespace
+KNOW_FLAGS = {"train.py", "evaluate.py", "presets.py", "engine/flags.py", "ssd/files.py"}
+
+
+def files_of(place: str) -> list[Path]:
+    """A script, or the rooms of a wing."""
+    return sorted((ROOT / place).glob("*.py")) if place in WINGS else [ROOT / f"{place}.py"]
+
+
+def imports_of(file: Path, relative: bool = False) -> set[tuple[str, str]]:
+    """Module and name of what a file imports, from anywhere or from its own wing."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import) and not relative:
+            found |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and bool(node.level) == relative:
+            found |= {(node.module or "", alias.name) for alias in node.names}
+    return found
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -44,48 +54,143 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def documented_flags(heading: str) -> set[str]:
-    """Flags in the table under a line of the README's section on flags."""
-    section = README.split("## Flags")[1].split("\n## ")[0]
-    table = section.split(f"\n{heading}:\n\n")[1].split("\n\n")[0]
+    """Flags in the table under a heading of docs/flags.md."""
+    table = (ROOT / "docs/flags.md").read_text().split(f"\n## {heading}\n\n")[1].split("\n\n")[0]
     return set(re.findall(r"`(--[a-z][a-z-]*)", "\n".join(row.split("|")[1] for row in table.splitlines())))
 
 
-def test_readme_and_parsers_name_the_same_flags():
+def test_docs_and_parsers_name_the_same_flags():
     flags = {script: flags_of(parser) for script, parser in PARSERS.items()}
     shared = documented_flags("Both scripts")
     assert shared | documented_flags("`train.py`") == flags["train.py"]
     assert shared | documented_flags("`evaluate.py`") == flags["evaluate.py"]
 
 
-@pytest.mark.parametrize(
-    ("script", "readers"),
-    [
-        ("train.py", "train evaluate flags validation checkpoints check_data optimization"),
-        ("evaluate.py", "evaluate flags"),
-    ],
-)
-def test_every_flag_is_read(script, readers):
+@pytest.mark.parametrize("script", PARSERS)
+def test_every_flag_is_read(script):
+    """As an attribute in the scripts and where flags are defined, or as an item below them."""
     read = set()
-    for name in readers.split():
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args", "arguments"):
+    for file in [ROOT / script, *([ROOT / "evaluate.py"] if script == "train.py" else []), *files_of("engine")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "arguments"):
                 read.add(node.attr)
-            elif isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(args, f'{split}_"):
+            elif isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("flags", "settings"):
+                read.add(ast.unparse(node.slice).strip("'"))
+            elif isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(args, f'{name}_"):
                 read |= {f"{split}_{node.args[1].values[1].value.lstrip('_')}" for split in ("train", "val")}
-    assert {action.dest for action in PARSERS[script]._actions} - {"help", "recipe"} <= read
+    assert {action.dest for action in PARSERS[script]._actions} - {"help"} <= read
 
 
-def test_readme_says_what_each_file_knows():
-    table = README.split("## What is where")[1].split("\n\n")[1]
-    assert set(re.findall(r"`(\w+\.py)`", table)) == {path.name for path in ROOT.glob("*.py")} | {"test_scripts.py"}
+def test_flags_end_at_the_scripts():
+    files = [file for place in ALLOWED_IMPORTS for file in files_of(place)]
+    know_flags = {file.relative_to(ROOT).as_posix() for file in files if ("argparse", "") in imports_of(file)}
+    assert know_flags == KNOW_FLAGS
 
 
-def test_readme_has_the_family_as_its_script_prints_it():
-    assert "\n\n" + "\n".join(family_table()) + "\n\n" in README
+@pytest.mark.parametrize("place", ALLOWED_IMPORTS)
+def test_imports_go_one_way(place):
+    for file in files_of(place):
+        imported = {module.partition(".")[0] for module, _ in imports_of(file)}
+        assert imported & ALLOWED_IMPORTS.keys() <= ALLOWED_IMPORTS[place], file.name
+        if place == "ssd":
+            assert "numpy" not in imported
 
 
-def test_readme_has_the_recipes_and_their_published_map():
-    table = README.split("| `--recipe` | published mAP |")[1].split("\n\n")[0]
+def test_the_rules_name_every_script_and_wing():
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    wings = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert scripts | wings == ALLOWED_IMPORTS.keys()
+    assert wings == set(WINGS)
+    where = README.read_text().split("## What is where")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `([\w/.]+)`", where, re.MULTILINE)) == {
+        *(f"{script}.py" for script in scripts),
+        *(f"{wing}/" for wing in (*WINGS, "tests", "benchmarks")),
+    }
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_a_wing_has_a_front_door_and_no_circles(wing):
+    rooms = {file.name for file in files_of(wing)} - {"__init__.py"}
+    assert set(re.findall(r"^(\w+\.py)  +\S", importlib.import_module(wing).__doc__, re.MULTILINE)) == rooms
+    graph = {}
+    for file in files_of(wing):
+        names = {module or name for module, name in imports_of(file, relative=True)}
+        graph[file.stem] = {name.partition(".")[0] for name in names}
+    graphlib.TopologicalSorter(graph).prepare()  # raises an error if there is one
+
+
+@pytest.mark.parametrize("wing", ["ssd", "coco"])
+def test_others_enter_by_the_front_door(wing):
+    """They use what it offers, so that its rooms may be rearranged."""
+    offered = set(importlib.import_module(wing).__all__)
+    for place in ALLOWED_IMPORTS.keys() - {wing}:
+        for file in files_of(place):
+            imported = {(module, name) for module, name in imports_of(file) if module.partition(".")[0] == wing}
+            assert {module for module, _ in imported} <= {wing}, file.name
+            used = re.findall(rf"(?<![\w.]){wing}\.([A-Za-z]\w*)\b(?!/)", code_of(file))
+            assert {name for _, name in imported if name} | set(used) <= offered, file.name
+
+
+def code_of(file: Path) -> str:
+    """Without comments, docstrings and other texts."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
+    return ast.unparse(tree)
+
+
+def test_scripts_and_readme_stay_short():
+    assert all(len((ROOT / script).read_text().splitlines()) < 300 for script in PARSERS)
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith("https://"):
+            target, _, anchor = link.partition("#")
+            target = (page.parent / target).resolve() if target else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target), link
+
+
+def test_the_readme_leads_to_every_page():
+    assert {f"docs/{page.name}" for page in DOCS} <= set(re.findall(r"\]\((docs/\w+\.md)", README.read_text()))
+
+
+def test_pictures_are_small():
+    pictures = list((ROOT / "docs").glob("*.png"))
+    assert len(pictures) == 2
+    assert all(picture.stat().st_size < 100_000 for picture in pictures)
+
+
+def test_docs_have_the_family_as_its_script_prints_it():
+    assert "\n\n" + "\n".join(family_table()) + "\n\n" in (ROOT / "docs/models.md").read_text()
+
+
+def test_the_example_of_the_docs_detects_on_a_photograph(data_path, tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/models.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    model = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=2)
+    model.head.classification_head.module_list[0].bias.data[1::2] = 9  # sure that an object is everywhere
+    categories = [{"label": 1, "id": 7, "name": "dog"}]
+    ssd.save_file({"model": model.state_dict(), "args": {}, "categories": categories}, tmp_path / "out/best.pth")
+    (tmp_path / "photograph.jpg").write_bytes(next((data_path / "val2017").iterdir()).read_bytes())
+    exec(example.replace("ssd300_vgg16", "ssd300_resnet18"), {})
+    assert re.match(r"dog [01]\.\d\d \[\d+, \d+, \d+, \d+\]\n", capsys.readouterr().out)
+
+
+def test_docs_have_the_recipes_and_their_published_map():
+    table = (ROOT / "docs/recipes.md").read_text().split("| `--recipe` | published mAP |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)`[^|]*\| ([\d.]*) ?\|", table, re.MULTILINE)
     published = {name: recipe.published_ap for name, recipe in presets.RECIPES.items()}
     assert {name: float(ap) if ap else None for name, ap in rows} == published
@@ -111,16 +216,10 @@ def test_defaults_are_the_published_recipe():
     assert (args.data_augmentation, args.weights_backbone, args.dataset) == ("ssd", "default", "coco")
 
 
-@pytest.mark.parametrize("room", ALLOWED_IMPORTS)
-def test_imports_go_one_way(room):
-    files = (ROOT / "ssd").glob("*.py") if room == "ssd" else [ROOT / f"{room}.py"]
-    for file in files:
-        imported = set()
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                imported.add(node.module.split(".")[0])
-        assert imported & ALLOWED_IMPORTS.keys() <= ALLOWED_IMPORTS[room], file.name
-        if room == "ssd":
-            assert "numpy" not in imported
+@pytest.mark.parametrize("script", PARSERS)
+def test_the_help_is_in_the_order_in_which_a_user_thinks(script):
+    text = PARSERS[script].format_help()
+    groups = [title for title in re.findall(r"^([a-z][a-z ]+):$", text, re.MULTILINE) if title not in ("usage", "options")]
+    expected = ["what to evaluate", "data", "model", "training", "speed", "log and checkpoints", "rarely needed"]
+    assert groups == [title for title in expected if title in groups]
+    assert "ssd512_vgg11_bn" not in text  # nor the names of the other models

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
-from tiny import MODEL, TINY
 
 import ssd
 import train
+from tests.conftest import SMALL
+from tests.tiny import MODEL, TINY
 
 STEPS_PER_EPOCH = 4  # of 3 images; all 12 of the tiny set have boxes
 STATE = ("model", "optimizer", "lr_scheduler", "scaler", "rng", "epoch", "step")
@@ -30,7 +30,7 @@ def train_to(data_path, monkeypatch):
         return forward(self, batch)
 
     monkeypatch.setattr(train.BatchLosses, "forward", recording_forward)
-    monkeypatch.setitem(ssd.MODELS, "tiny", MODEL)
+    monkeypatch.setitem(ssd.family.MODELS, "tiny", MODEL)
 
     def run(step: int, output_dir, *flags) -> list[list[int]]:
         seen.clear()
@@ -86,9 +86,8 @@ def test_from_every_step(train_to, tmp_path, flags, last_step, steps_on):
 TWO_PROCESSES = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import ssd
-import test_resume
+from tests import test_resume
 import train
 import utils
 
@@ -110,17 +109,17 @@ def main(output_dir, arguments):
         return list(seen)
 
     train.BatchLosses.forward = recording_forward
-    ssd.MODELS["tiny"] = test_resume.MODEL
+    ssd.family.MODELS["tiny"] = test_resume.MODEL
     whole = run(5, "whole", "--workers", "0", "--checkpoint-freq", "1", "--keep", "99")
     for step in range(1, 5):
-        path = output_dir / f"whole/checkpoint_{{step}}.pth"
-        rest = run(step + 1, f"from_{{step}}", "--resume", str(path), "--workers", "2" if step == 3 else "0")
+        path = output_dir / f"whole/checkpoint_{step}.pth"
+        rest = run(step + 1, f"from_{step}", "--resume", str(path), "--workers", "2" if step == 3 else "0")
         batches = len(whole) // 5
         assert rest == whole[step * batches : (step + 1) * batches], (rest, whole)
-        expected = "checkpoint.pth" if step == 4 else f"checkpoint_{{step + 1}}.pth"
-        last = output_dir / f"from_{{step}}/checkpoint.pth"
+        expected = "checkpoint.pth" if step == 4 else f"checkpoint_{step + 1}.pth"
+        last = output_dir / f"from_{step}/checkpoint.pth"
         test_resume.assert_equal_states(last, output_dir / "whole" / expected)
-    sys.stdout.write(f"process {{whole}}\\n")  # at once, or the other process' line may come between
+    sys.stdout.write(f"process {whole}\\n")  # at once, or the other process' line may come between
 
 
 if __name__ == "__main__":
@@ -132,7 +131,7 @@ if __name__ == "__main__":
     "flags", [[], [*TINY, "--amp", "--accumulate", "2", "--batch-size", "1"]], ids=["resnet18", "accumulate"]
 )
 def test_from_every_step_with_two_processes(run, data_path, tmp_path, flags):
-    (tmp_path / "script.py").write_text(TWO_PROCESSES.format(root=str(ROOT)))
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
     arguments = [*SMALL, "--data-path", data_path, "--eval-freq", 0, "--epochs", 9, *flags]
     console = run(tmp_path / "script.py", tmp_path / "out", *arguments, processes=2).stdout
     lines = [line.removeprefix("process ") for line in console.splitlines() if line.startswith("process")]
@@ -187,26 +186,6 @@ def first_step(data_path, tmp_path_factory):
     arguments = [*SMALL, "--data-path", data_path, "--eval-freq", 0, "--epochs", 9, "--max-steps", 1, "--workers", 0]
     train.main(train.parse_args([str(argument) for argument in [*arguments, "--output-dir", output_dir]]))
     return output_dir / "checkpoint.pth"
-
-
-def test_a_checkpoint_of_the_first_version_still_continues(train_to, tmp_path):
-    """Without a hash, --accumulate and what else came later."""
-    flags = ["--workers", 0, "--model", "ssd300_vgg11", "--batch-size", 1]
-    train_to(1, tmp_path / "new", *flags)
-    old = load(tmp_path / "new/checkpoint.pth") | {"version": 1}
-    del old["overflows"]
-    for flag in ("accumulate", "keep", "freeze_backbone", "norm_weight_decay", "input_scaling", "weight_init"):
-        del old["args"][flag]
-    torch.save(old, tmp_path / "old.pth")
-    train_to(2, tmp_path / "old", *flags, "--resume", tmp_path / "old.pth")
-    train_to(2, tmp_path / "new", *flags, "--resume", "auto")
-    assert_equal_states(tmp_path / "old/checkpoint.pth", tmp_path / "new/checkpoint.pth")
-
-
-def test_a_checkpoint_with_other_default_boxes_does_not_continue(train_to, tmp_path, first_step):
-    torch.save(load(first_step) | {"version": 1}, tmp_path / "old.pth")
-    with pytest.raises(ValueError, match=r"old.pth: made by an older version, whose ssd300_resnet18 had other default"):
-        train_to(2, tmp_path, "--resume", tmp_path / "old.pth")
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, pycocotools_stats
 from PIL import Image
-from tiny import TINY
 from torchvision.models.detection import ssd300_vgg16 as torchvision_ssd300_vgg16
 from torchvision.transforms.functional import to_tensor
 
-import coco_annotations
-import coco_eval
+import coco
 import coco_utils
 import evaluate
-import execution
-import optimization
+import ssd
 import train
 import utils
+from coco import scoring
+from engine import checkpoints, inference
+from tests.conftest import SMALL, infer, pycocotools_stats
+from tests.tiny import TINY
 
 STEPS_PER_EPOCH = 4  # of 3 images; all 12 of the tiny set have boxes
 
@@ -64,7 +64,7 @@ def test_training_writes_what_the_readme_promises(trained):
     assert [line["step"] for line in steps] == list(range(1, STEPS_PER_EPOCH + 1))
     assert all(math.isfinite(line["loss"]) for line in steps)
     assert lines[-1]["kind"] == "val"
-    assert set(coco_eval.METRICS) <= lines[-1].keys()
+    assert set(scoring.METRICS) <= lines[-1].keys()
 
 
 def test_checkpoint_is_plain_data(trained):
@@ -120,15 +120,15 @@ def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained,
     assert drawn != {"0000_000001.png", "0001_000002.png"}  # the first
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     in_training = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {name: metrics[name] for name in coco_eval.METRICS} == pytest.approx(
-        {name: in_training[name] for name in coco_eval.METRICS}, abs=1e-12
+    assert {name: metrics[name] for name in scoring.METRICS} == pytest.approx(
+        {name: in_training[name] for name in scoring.METRICS}, abs=1e-12
     )
     assert metrics["counts"]["images"] == 7
-    assert coco_eval.format_table(metrics) in console
+    assert scoring.format_table(metrics) in console
     assert len(list((tmp_path / "pictures").iterdir())) == 2 + 2
 
     expected = pycocotools_stats(data_path / "annotations/instances_val2017.json", tmp_path / "detections.json")
-    assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == expected
+    assert [-1 if metrics[name] is None else metrics[name] for name in scoring.METRICS] == expected
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -162,7 +162,7 @@ def test_a_results_file_gets_pycocotools_figures_without_a_model(run, tmp_path, 
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
 
     expected = pycocotools_stats(tmp_path / "truth.json", tmp_path / "results.json")
-    assert [-1 if metrics[name] is None else metrics[name] for name in coco_eval.METRICS] == expected
+    assert [-1 if metrics[name] is None else metrics[name] for name in scoring.METRICS] == expected
     assert metrics["per_class"]["absent"] == {"AP": None, "AP50": None, "boxes": 0, "detections": 12}
     assert metrics["counts"] == {"images": 4, "boxes": 5, "detections": 36, "skipped": 0}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations", "metrics.json"]
@@ -212,9 +212,9 @@ def test_weights_of_torchvision_give_its_detections(tmp_path):
         )
     )
     found = json.loads((tmp_path / "detections.json").read_text())
-    a = coco_annotations.read_annotations(tmp_path / "annotations/instances_val2017.json")
+    a = coco.read_annotations(tmp_path / "annotations/instances_val2017.json")
     for row, image_id in enumerate(a.image_ids.tolist()):
-        image = to_tensor(coco_utils.load_image(a, tmp_path / "val2017", row)[..., :3])
+        image = to_tensor(coco.load_image(a, tmp_path / "val2017", row)[..., :3])
         with torch.no_grad():
             (expected,) = theirs([image])
         assert len(expected["labels"]) > 100
@@ -285,7 +285,7 @@ def test_a_run_without_resume_sets_the_files_of_an_earlier_one_aside(data_path, 
 
 
 def test_an_evaluation_that_an_interruption_prevented_is_made_up_for(data_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "infer", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(inference, "infer", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_steps(data_path, tmp_path, "--epochs", 1, "--eval-freq", 1, "--workers", 0)
     assert not (tmp_path / "best.pth").exists()
@@ -335,13 +335,13 @@ def test_two_processes_average_their_gradients(run, data_path, tmp_path):
 
     args = train.parse_args([str(flag) for flag in [*SMALL, *flags]])
     torch.manual_seed(args.seed)
-    a = coco_annotations.read_annotations(data_path / "annotations/instances_train2017.json")
-    model = train.make_model(args, a.num_classes).train().to(memory_format=execution.memory_format(torch.device("cpu")))
+    a = coco.read_annotations(data_path / "annotations/instances_train2017.json")
+    model = train.make_model(args, torch.device("cpu"), a.num_classes).train()
     preset = train.DetectionPresetTrain(data_augmentation="ssd", size=300)
     dataset = coco_utils.CocoTrainDataset(a, data_path / "train2017", preset, args.seed)
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = optimization.make_optimizer(args, model)
-    factor = optimization.lr_schedule(args, steps_per_epoch=len(dataset) // 6)
+    optimizer = train.make_optimizer(args, model)
+    factor = train.make_schedule(args, steps_per_epoch=len(dataset) // 6)
     optimizer.param_groups[0]["lr"] *= factor(0)
     for rank in range(2):
         keys = next(iter(coco_utils.EpochBatchSampler(len(dataset), 3, args.seed, rank, 2)))
@@ -367,7 +367,7 @@ def test_fewer_processes_that_accumulate_take_the_same_steps(run, data_path, tmp
         models.append(checkpoint["model"])
     four, *fewer = models
     torch.manual_seed(0)
-    initial = train.make_model(train.parse_args(SMALL), num_classes=7).state_dict()
+    initial = train.make_model(train.parse_args(SMALL), torch.device("cpu"), num_classes=7).state_dict()
     for name in (name for name in four if "running" not in name and "num_batches" not in name):
         change = (four[name] - initial[name]).abs().max()
         for model in fewer:
@@ -378,7 +378,7 @@ def test_fewer_processes_that_accumulate_take_the_same_steps(run, data_path, tmp
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_processes_take_the_steps_of_plain_ones(run, data_path, tmp_path):
     """Of a tiny model; that those of the family compile as a whole, test_train.py shows."""
-    command = ["tests/tiny.py", *TINY[:-1], 2, "--data-path", data_path, "--eval-freq", 0, "--workers", 0]
+    command = ["-m", "tests.tiny", *TINY[:-1], 2, "--data-path", data_path, "--eval-freq", 0, "--workers", 0]
     command += ["--accumulate", 2, "--max-steps", 2, "--print-freq", 1]
     losses = []
     for name, extra in (("plain", []), ("compiled", ["--compile"])):
@@ -390,8 +390,6 @@ def test_compiled_processes_take_the_steps_of_plain_ones(run, data_path, tmp_pat
 
 
 BATCH_NORM_SCRIPT = """
-import sys
-sys.path.insert(0, {root!r})
 import torch
 import utils
 
@@ -410,14 +408,14 @@ utils.cleanup_distributed()
 
 def test_processes_get_the_main_ones_batch_norm(run, tmp_path):
     """Batch norm has seen other images in each process, but only the main one's is saved."""
-    (tmp_path / "script.py").write_text(BATCH_NORM_SCRIPT.format(root=str(ROOT)))
+    (tmp_path / "script.py").write_text(BATCH_NORM_SCRIPT)
     assert "equal" in run(tmp_path / "script.py", processes=2).stdout
 
 
 def test_batch_norm_is_made_equal_before_every_evaluation(data_path, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(utils, "broadcast_buffers", lambda model: calls.append("broadcast"))
-    monkeypatch.setattr(evaluate, "infer", lambda *_, **__: calls.append("evaluate"))
+    monkeypatch.setattr(inference, "infer", lambda *_, **__: calls.append("evaluate"))
     train_steps(data_path, tmp_path, "--epochs", 2, "--eval-freq", 1, "--workers", 0)
     assert calls == ["broadcast", "evaluate"] * 2
 
@@ -494,10 +492,10 @@ def test_other_classes_than_the_checkpoints(data_path, trained, tmp_path):
     content = json.loads((data_path / "annotations/instances_val2017.json").read_text())
     content["categories"][3]["name"] = "comet"
     (tmp_path / "other.json").write_text(json.dumps(content))
-    a = coco_annotations.read_annotations(tmp_path / "other.json")
+    a = coco.read_annotations(tmp_path / "other.json")
     checkpoint = str(trained[0] / "checkpoint.pth")
     with pytest.raises(ValueError, match=r"different classes: only .*checkpoint\.pth has 'star' as category 4"):
-        evaluate.check_knows(*evaluate.load_model(checkpoint, None), checkpoint, a)
+        checkpoints.check_knows(*checkpoints.load_model(checkpoint, None), checkpoint, a)
 
 
 def test_resume_refuses_other_data(trained, data_path, tmp_path):
@@ -512,13 +510,12 @@ def test_resume_refuses_other_data(trained, data_path, tmp_path):
 
 def test_broken_weights_are_no_perfect_detector(data_path, tmp_path):
     """COCO's API takes a box of NaN for a match; such a model must not get a score."""
-    model = evaluate.ssd.MODELS["ssd300_resnet18"](weights_backbone=None, num_classes=7)
+    model = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=7)
     model.head.regression_head.module_list[0].bias.data.fill_(float("nan"))
-    a = coco_annotations.read_annotations(data_path / "annotations/instances_val2017.json")
+    a = coco.read_annotations(data_path / "annotations/instances_val2017.json")
     args = train.parse_args(["--device", "cpu", "--batch-size", "2", "--workers", "0"])
-    dataset = evaluate.validation_set(args, model, a, data_path / "val2017")
     with pytest.raises(FloatingPointError, match=r"not finite on images \[1, 2\]"):
-        evaluate.infer_as_flagged(args, model, *dataset)
+        infer(args, model, a, data_path / "val2017")
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data_path, tmp_path):
@@ -530,21 +527,21 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data_path, tmp_path)
 
 def test_learning_rate_schedule():
     args = train.parse_args(["--epochs", "120"])
-    factor = optimization.lr_schedule(args, steps_per_epoch=3664)
+    factor = train.make_schedule(args, steps_per_epoch=3664)
     assert factor(0) == pytest.approx(1 / 1000)
     assert factor(500) == pytest.approx(0.5005)
     assert [factor(3664 * epoch) for epoch in (1, 79, 80, 109, 110, 119)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert factor(1000) == 1
-    one_batch = optimization.lr_schedule(args, steps_per_epoch=1)
+    one_batch = train.make_schedule(args, steps_per_epoch=1)
     assert [one_batch(step) for step in (0, 79, 80)] == pytest.approx([1, 1, 0.1])
-    cosine = optimization.lr_schedule(train.parse_args(["--epochs", "4", "--lr-scheduler", "cosineannealinglr"]), 10)
+    cosine = train.make_schedule(train.parse_args(["--epochs", "4", "--lr-scheduler", "cosineannealinglr"]), 10)
     assert [cosine(10 * epoch) for epoch in (1, 2, 3)] == pytest.approx([0.853553, 0.5, 0.146447], abs=1e-6)
 
 
 def test_warm_up_equals_the_references(monkeypatch):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     reference = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 1000, total_iters=min(1000, 60 - 1))
-    factor = optimization.lr_schedule(train.parse_args([]), steps_per_epoch=60)
+    factor = train.make_schedule(train.parse_args([]), steps_per_epoch=60)
     for step in range(60):
         assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
         optimizer.step()

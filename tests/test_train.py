@@ -4,21 +4,20 @@ import contextlib
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import coco_utils
-import execution
-import optimization
 import presets
 import ssd
 import train
 import transforms
 import utils
-from training_state import TrainingState
+from engine import execution
+from engine.training_state import TrainingState
+from tests import tiny
 
 NUM_CLASSES = 5
 NUM_SLOTS = 6
@@ -37,7 +36,7 @@ def make_batch(preset: presets.DetectionPresetTrain, num_boxes: tuple[int, ...] 
     return coco_utils.collate(samples, NUM_SLOTS)
 
 
-def make_batch_losses(amp: bool = False, make_model=ssd.MODELS["ssd300_resnet18"]) -> train.BatchLosses:
+def make_batch_losses(amp: bool = False, make_model=ssd.family.MODELS["ssd300_resnet18"]) -> train.BatchLosses:
     torch.manual_seed(0)
     model = make_model(weights_backbone=None, num_classes=NUM_CLASSES).train()
     model.to(memory_format=execution.memory_format(torch.device("cpu")))
@@ -86,7 +85,7 @@ def test_the_check_for_waits_finds_copies(monkeypatch, constants):
 
 
 @pytest.mark.parametrize(
-    ("amp", "make_model"), [(False, ssd.MODELS["ssd300_resnet18"]), (True, tiny.MODEL)], ids=["", "bf16"]
+    ("amp", "make_model"), [(False, ssd.family.MODELS["ssd300_resnet18"]), (True, tiny.MODEL)], ids=["", "bf16"]
 )
 def test_one_graph_serves_all_batches_with_the_losses_and_gradients_of_eager_mode(amp, make_model):
     """The numbers of boxes differ between batches; a second graph, or one in parts, is an error.
@@ -126,7 +125,7 @@ def test_a_first_step_that_overflows_in_fp16_leaves_nothing_behind(opt, monkeypa
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(1e30))
     model = torch.nn.Linear(1, 1, bias=False)
     args = train.parse_args(["--opt", opt, "--amp", "fp16", "--lr", "0.1", "--weight-decay", "0", "--momentum", "0.9"])
-    optimizer = optimization.make_optimizer(args, model)
+    optimizer = train.make_optimizer(args, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     state = TrainingState(model, optimizer, schedule, torch.amp.GradScaler("cpu"), steps_per_epoch=9)
     before = model.weight.item()

@@ -11,7 +11,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
-import photometric as P
 import transforms as T
 from transforms import View
 
@@ -175,7 +174,7 @@ NEUTRAL = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
 
 def our_distortion(image: np.ndarray, parameters: dict) -> torch.Tensor:
     batch = {name: torch.as_tensor(value)[None] for name, value in parameters.items()}
-    return P.RandomPhotometricDistort.distort(to_tensor(image)[None].float(), batch)[0]
+    return T.RandomPhotometricDistort.distort(to_tensor(image)[None].float(), batch)[0]
 
 
 def reference_distortion(image: torch.Tensor, parameters: dict) -> torch.Tensor:
@@ -191,7 +190,7 @@ def reference_distortion(image: torch.Tensor, parameters: dict) -> torch.Tensor:
 def test_distortion_equals_torchvision(seed):
     """On float images, where torchvision does not round either; its uint8 images lose up to a level in each step."""
     image = make_image(90, 110, seed)
-    parameters = P.RandomPhotometricDistort(p=0.8).draw(image, np.random.default_rng(seed))
+    parameters = T.RandomPhotometricDistort(p=0.8).draw(image, np.random.default_rng(seed))
     ours = our_distortion(image, parameters)
     exact = 255 * reference_distortion(to_tensor(image).float() / 255, parameters)
     torch.testing.assert_close(ours, exact, rtol=0, atol=0.05)
@@ -212,7 +211,7 @@ def test_each_distortion_equals_torchvision_within_two_levels(name, image):
     for value in (-0.05, -0.02, 0.03, 0.05) if name == "hue" else (0.5, 0.875, 1.125, 1.5):
         parameters = {"brightness": 1.0, "contrast_before": 1.0, "saturation": 1.0, "hue": 0.0, "contrast_after": 1.0}
         parameters[name] = value
-        parameters["grey_mean"] = P.grey_mean(image, parameters)
+        parameters["grey_mean"] = T.grey_mean(image, parameters)
         parameters["channels"] = np.arange(3)
         difference = our_distortion(image, parameters) - reference_distortion(to_tensor(image), parameters)
         assert difference.abs().max() <= 2
@@ -222,23 +221,23 @@ def test_the_hue_does_not_rest_on_a_value_that_equals_its_maximum_to_the_last_bi
     """A compiled step may compute the maximum twice, rounded in two ways."""
     images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 255
     images[:, 1, :9] = images[:, 0, :9]  # the greatest value twice
-    expected = P.shift_hue(images, 0.04)
-    exact = P.value_and_chroma
-    monkeypatch.setattr(P, "value_and_chroma", lambda images: (exact(images)[0] * (1 + 2**-22), exact(images)[1]))
-    torch.testing.assert_close(P.shift_hue(images, 0.04), expected, rtol=0, atol=0.01)
+    expected = T.shift_hue(images, 0.04)
+    exact = T.value_and_chroma
+    monkeypatch.setattr(T, "value_and_chroma", lambda images: (exact(images)[0] * (1 + 2**-22), exact(images)[1]))
+    torch.testing.assert_close(T.shift_hue(images, 0.04), expected, rtol=0, atol=0.01)
 
 
 def test_neutral_parameters_change_nothing():
     image = make_image(30, 40)
-    parameters = P.RandomPhotometricDistort(p=0.0).draw(image, np.random.default_rng(0))
+    parameters = T.RandomPhotometricDistort(p=0.0).draw(image, np.random.default_rng(0))
     torch.testing.assert_close(our_distortion(image, parameters), to_tensor(image).float(), rtol=0, atol=1e-3)
 
 
 def test_a_batch_is_distorted_image_by_image():
     images = [make_image(40, 40, seed) for seed in range(6)]
-    drawn = [P.RandomPhotometricDistort(p=0.7).draw(image, np.random.default_rng(i)) for i, image in enumerate(images)]
+    drawn = [T.RandomPhotometricDistort(p=0.7).draw(image, np.random.default_rng(i)) for i, image in enumerate(images)]
     batch = {name: torch.stack([torch.as_tensor(parameters[name]) for parameters in drawn]) for name in drawn[0]}
-    together = P.RandomPhotometricDistort.distort(torch.stack([to_tensor(image) for image in images]).float(), batch)
+    together = T.RandomPhotometricDistort.distort(torch.stack([to_tensor(image) for image in images]).float(), batch)
     for image, parameters, result in zip(images, drawn, together, strict=True):
         # levels, which some ten operations round by 1e-5 each where the end of a row is computed by other instructions
         torch.testing.assert_close(result, our_distortion(image, parameters), rtol=0, atol=1e-2)
@@ -250,15 +249,15 @@ def test_contrast_pivots_on_the_mean_of_the_whole_source_image():
     factors = {"brightness": 1.1, "saturation": 1.4, "hue": 0.05, "contrast_before": 1.0, "contrast_after": 0.5}
     changed = V.adjust_hue(V.adjust_saturation(V.adjust_brightness(to_tensor(image), 1.1), 1.4), 0.05)
     expected = V.rgb_to_grayscale(changed).float().mean().item()
-    assert P.grey_mean(image, factors) == pytest.approx(expected, abs=1.5)
+    assert T.grey_mean(image, factors) == pytest.approx(expected, abs=1.5)
 
 
 def test_the_fill_stays_undistorted():
     image = make_image(50, 50)
-    parameters = P.RandomPhotometricDistort(p=1.0).draw(image, np.random.default_rng(0))
+    parameters = T.RandomPhotometricDistort(p=1.0).draw(image, np.random.default_rng(0))
     pixels, coverage = T.resample(image, View(-50, 0, 150, 50), SIZE, np.uint8)
     batch = {name: torch.as_tensor(value)[None] for name, value in parameters.items()}
-    result = T.fill_uncovered(P.RandomPhotometricDistort.distort(pixels[None].float(), batch), coverage[None])
+    result = T.fill_uncovered(T.RandomPhotometricDistort.distort(pixels[None].float(), batch), coverage[None])
     outside = coverage[1] == 0
     assert outside.sum() > 50
     assert torch.equal(result[0, :, :, outside], torch.tensor(T.FILL).view(3, 1, 1).expand(3, SIZE, int(outside.sum())))
@@ -326,7 +325,7 @@ def test_distortion_has_the_distribution_of_the_reference():
     torch.manual_seed(0)
     image, reference = make_image(10, 10), v2.RandomPhotometricDistort()
     theirs = [reference.make_params([to_tensor(image)]) for _ in range(NUM_DRAWS)]
-    ours = [P.RandomPhotometricDistort().draw(image, np.random.default_rng((0, i))) for i in range(NUM_DRAWS)]
+    ours = [T.RandomPhotometricDistort().draw(image, np.random.default_rng((0, i))) for i in range(NUM_DRAWS)]
     for name in ("brightness", "saturation", "hue"):
         expected = [NEUTRAL[name] if p[f"{name}_factor"] is None else p[f"{name}_factor"] for p in theirs]
         assert ks_p_value([float(p[name]) for p in ours], expected) > 0.01, name

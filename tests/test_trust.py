@@ -5,12 +5,12 @@ import os
 
 import pytest
 import torch
-from conftest import SMALL, annotation, image
 
-import coco_annotations
+import coco
 import evaluate
 import train
-from coco_annotations import DataError
+from coco import DataError
+from tests.conftest import SMALL, annotation, image
 
 
 class Malicious:
@@ -63,16 +63,16 @@ def test_resume_auto_neither_runs_code_nor_begins_anew(data_path, tmp_path, mali
 def test_annotations_do_not_reach_out_of_the_image_folder(tmp_path, write, name):
     path = write([annotation(1)], images=[image(1) | {"file_name": name}])
     with pytest.raises(DataError, match=r"image 1 has file_name .* it must be a path inside the image folder"):
-        coco_annotations.read_annotations(path)
+        coco.read_annotations(path)
 
 
 def test_an_index_of_annotations_is_no_way_around(tmp_path, write):
     """What is stored beside the run is never unpickled, also if its checksums are right; the json is read instead."""
     path = write([annotation(1)], images=[image(1)])
-    coco_annotations.read_annotations(path, tmp_path / "index")
+    coco.read_annotations(path, tmp_path / "index")
     (folder,) = (tmp_path / "index").iterdir()
     (folder / "file_names.npy").write_bytes(b"\x80\x04.")
     about = json.loads((folder / "about.json").read_text())
-    about["checksums"] = coco_annotations.checksums(folder)  # of one who can write there
+    about["checksums"] = coco.index.checksums(folder)  # of one who can write there
     (folder / "about.json").write_text(json.dumps(about))
-    assert coco_annotations.read_annotations(path, tmp_path / "index").file_name(0) == "1.png"
+    assert coco.read_annotations(path, tmp_path / "index").file_name(0) == "1.png"

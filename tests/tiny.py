@@ -1,21 +1,17 @@
 """A model that computes next to nothing, for what train.py does alike with every network.
 
-    torchrun --nproc-per-node=2 tests/tiny.py [flags of train.py]
+    torchrun --nproc-per-node=2 -m tests.tiny [flags of train.py]
 
-It is chosen by --model tiny where ``ssd.MODELS`` has ``MODEL`` under this name, as in such a process.
+It is chosen by --model tiny where ``ssd.family.MODELS`` has ``MODEL`` under this name, as in such a process.
 """
 
-import sys
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from torch import Tensor, nn
 
-import failures
 import ssd
 import train
+from engine import failures
 from ssd.family import build
 
 
@@ -41,6 +37,6 @@ MODEL = partial(build, ssd.backbones.Backbone(lambda weights, size, **_: TinyBac
 TINY = ["--model", "tiny", "--weights-backbone", "none", "--device", "cpu", "--batch-size", "3"]
 
 if __name__ == "__main__":
-    ssd.MODELS["tiny"] = MODEL
+    ssd.family.MODELS["tiny"] = MODEL
     with failures.one_line_errors():
         train.main(train.parse_args())

@@ -1,0 +1,20 @@
+"""How a run lives.
+
+flags.py           the flags of the scripts; the rooms below know none of them
+execution.py       how a device computes: memory layout, precision, compilation
+optimization.py    the optimizer and its learning rate
+training_state.py  what training changes, and one step of it
+loading.py         loader processes: how they start, what they survive, how they end
+checkpoints.py     how checkpoints reach the disk, which of them is sound, which model one holds
+resuming.py        what a run may continue from, what it may change, whose folder it writes to
+inference.py       detecting on every image once, whatever the number of processes
+validation.py      evaluation within a run, beside the next epoch
+stopping.py        how a run ends early, on all processes alike, for the reasons of the next two
+interruption.py    signals and the clock
+divergence.py      numbers that are not finite
+failures.py        what a run says when it ends early, and its exit codes
+run.py             when a run evaluates, saves and ends
+summary.py         what a run says about itself when it begins
+run_log.py         console, ``metrics.jsonl``, TensorBoard
+check_data.py      ``--check-data``: all faults of a data set at once
+"""

@@ -1,0 +1,121 @@
+"""``train.py --check-data``: everything that is wrong with a data set, before a run finds out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+import utils
+from coco import (
+    CocoAnnotations,
+    DataError,
+    Split,
+    check_same_classes,
+    fault_of_image,
+    is_object,
+    parse_annotations,
+)
+
+from . import loading, run_log
+
+IMAGES_AT_A_TIME = 8
+
+
+class ImageFaults(Dataset):
+    """What is wrong with each image of the annotations; an empty text if it is good."""
+
+    def __init__(self, annotations: CocoAnnotations, images_dir: Path):
+        self.annotations = annotations
+        self.images_dir = images_dir
+
+    def __len__(self) -> int:
+        return len(self.annotations.image_ids)
+
+    def __getitem__(self, row: int) -> str:
+        return fault_of_image(self.annotations, self.images_dir, row)
+
+
+def check_data(train: Split, val: Split, workers: int, loader_timeout: float) -> None:
+    """Prints a line for each fault of the training and of the validation set.
+
+    Args:
+        train, val: their files.
+        workers: processes that decode the images.
+        loader_timeout: seconds to wait for them.
+
+    Raises:
+        DataError: there are faults.
+    """
+    num_faults = 0
+    if utils.started_by_torchrun():
+        raise ValueError("--check-data runs in one process: start it with python, and use --workers")
+    for fault in find_faults(train, val, workers, loader_timeout):
+        print(fault, flush=True)
+        num_faults += 1
+    if num_faults:
+        raise DataError(f"--check-data found {num_faults} faults, listed above")
+    print("No faults")
+
+
+def find_faults(train: Split, val: Split, workers: int, loader_timeout: float) -> Iterator[str]:
+    """One line for each fault, as they are found; prints what was looked at."""
+    checked = []
+    for split in (train, val):
+        try:
+            annotations, faults = parse_annotations(split.annotations_file)
+        except DataError as error:
+            yield str(error)
+            continue
+        yield from faults
+        if split.images_dir.is_dir():
+            yield from faults_of_images(annotations, split.images_dir, workers, loader_timeout)
+        else:
+            yield f"{split.images_dir}: no such image folder"
+        for line in describe(annotations):
+            print(line)
+        checked.append(annotations)
+        if split is train and not is_object(annotations).any():
+            yield f"{annotations.path}: no image has a box to train on"
+    if len(checked) == 2:
+        train_annotations, val_annotations = checked
+        try:
+            check_same_classes(train_annotations.classes, train_annotations.path, val_annotations)
+        except DataError as error:
+            yield str(error)
+
+
+def faults_of_images(
+    annotations: CocoAnnotations, images_dir: Path, workers: int, loader_timeout: float
+) -> Iterator[str]:
+    """Decodes every image, with a progress bar."""
+    dataset = ImageFaults(annotations, images_dir)
+    settings = {"batch_size": IMAGES_AT_A_TIME, "collate_fn": list}
+    loader = loading.make_loader(dataset, workers, loader_timeout, **settings)
+    line, done = run_log.LiveLine(), 0
+    for faults in loader:
+        done += len(faults)
+        line.clear()
+        yield from filter(None, faults)
+        line.show(f"{images_dir} {run_log.bar(done, len(dataset))}")
+    line.clear()
+
+
+def describe(annotations: CocoAnnotations) -> Iterator[str]:
+    """What was checked, and what training will leave out, which is no fault."""
+    is_trained_on = is_object(annotations)
+    image_of_box = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
+    yield (
+        f"{annotations.path}: {len(annotations.image_ids)} images with {len(annotations.boxes)} boxes of "
+        f"{len(annotations.categories)} classes; of these, training uses {len(np.unique(image_of_box[is_trained_on]))} "
+        f"images with {is_trained_on.sum()} boxes"
+    )
+    for note in annotations.notes:
+        yield f"note: {note}"
+    for i in np.flatnonzero(~is_trained_on & ~annotations.is_crowd):
+        yield (
+            f"note: {annotations.path}: annotation {annotations.annotation_ids[i]} of image {image_of_box[i]} has no "
+            f"area inside its image: {annotations.boxes[i].tolist()}; it is not trained on"
+        )
+    for image_id in np.setdiff1d(image_of_box[annotations.is_crowd], image_of_box[~annotations.is_crowd]):
+        yield f"note: {annotations.path}: image {image_id} has crowds only; it is not trained on"

@@ -1,0 +1,290 @@
+"""The flags of the scripts, in the groups in which a user thinks."""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+import coco
+import ssd
+from coco import Split
+
+from .execution import AMP_DTYPES
+
+GROUPS = ("data", "model", "training", "speed", "log and checkpoints", "rarely needed")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MAX_INTEGER = 10**9  # far beyond all sense, and within what PyTorch takes for seeds and seconds
+Groups = dict[str, argparse._ArgumentGroup]
+
+
+def integer_from(least: int) -> Callable[[str], int]:
+    """A type of flags: integers that are not less."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if not least <= value <= MAX_INTEGER:
+            raise argparse.ArgumentTypeError(f"must be between {least} and {MAX_INTEGER}, got {value}")
+        return value
+
+    return integer
+
+
+not_negative, positive = integer_from(0), integer_from(1)
+
+
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+def device_name(text: str) -> str:
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of PyTorch") from None
+    return text
+
+
+def find_split(args: argparse.Namespace, name: str) -> Split:
+    """The files of the split ``train`` or ``val`` that the flags name."""
+    images, annotations = getattr(args, f"{name}_images"), getattr(args, f"{name}_annotations")
+    return coco.find_split(name, args.dataset, args.data_path, images, annotations)
+
+
+def add_recipe(parser: argparse.ArgumentParser, names: Iterable[str], default: str) -> None:
+    parser.add_argument(
+        "--recipe",
+        choices=[*names, "list"],
+        default=default,
+        metavar="NAME",
+        help="defaults for the other flags (default: %(default)s); 'list' shows all",
+    )
+
+
+def add_groups(parser: argparse.ArgumentParser) -> Groups:
+    """A group of flags for each of ``GROUPS``; those that stay empty are not shown."""
+    return {title: parser.add_argument_group(title) for title in GROUPS}
+
+
+def add_common_flags(groups: Groups) -> None:
+    """The flags that train.py and evaluate.py share."""
+    data = groups["data"]
+    data.add_argument(
+        "--dataset",
+        choices=["coco", "shapes"],
+        default="coco",
+        help="COCO format, or the embedded set of drawn shapes (default: %(default)s)",
+    )
+    data.add_argument(
+        "--data-path", metavar="DIR", help="folder with train2017, val2017 and annotations (shapes: data/shapes)"
+    )
+    data.add_argument("--val-images", metavar="DIR", help="image folder, for another layout than COCO's")
+    data.add_argument("--val-annotations", metavar="FILE", help="annotation file, for another layout than COCO's")
+    data.add_argument(
+        "--on-bad-image", choices=["raise", "skip"], default="raise", help="what to do with one that cannot be read"
+    )
+    speed = groups["speed"]
+    speed.add_argument(
+        "-j",
+        "--workers",
+        type=not_negative,
+        default=4,
+        metavar="N",
+        help="loader processes per process (default: %(default)s)",
+    )
+    speed.add_argument(
+        "--device", type=device_name, metavar="NAME", help="cuda, cpu, ... (default: the GPU if there is one)"
+    )
+    speed.add_argument(
+        "--amp", nargs="?", const="bf16", choices=list(AMP_DTYPES), help="mixed precision, bf16 if no type is named"
+    )
+    log = groups["log and checkpoints"]
+    log.add_argument("--output-dir", metavar="DIR", help="folder for everything that is written (default: in out)")
+    log.add_argument("--val-loss", action="store_true", help="compute the loss on the validation set too")
+    rare = groups["rarely needed"]
+    rare.add_argument(
+        "--input-scaling",
+        choices=["default", *ssd.INPUT_SCALINGS],
+        default="default",
+        help="of images (default: that of the weights)",
+    )
+    rare.add_argument(
+        "--loader-timeout",
+        type=not_negative,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for a batch; 0: forever (default: %(default)s)",
+    )
+    rare.add_argument(
+        "--dist-timeout",
+        type=positive,
+        default=1800,
+        metavar="SECONDS",
+        help="how long to wait for another process (default: %(default)s)",
+    )
+
+
+def add_batch_size(group: argparse._ArgumentGroup, default: int | None = None) -> None:
+    """Of training or of speed, as the script has it."""
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=positive,
+        default=default,
+        metavar="N",
+        help="images per process (default: %(default)s)",
+    )
+
+
+def add_training_flags(groups: Groups, augmentations: Iterable[str]) -> None:
+    """The flags of train.py alone; ``augmentations`` are the values of ``--data-augmentation``."""
+    add_data_flags(groups["data"], augmentations)
+    add_model_flags(groups["model"])
+    add_schedule_flags(groups["training"])
+    add_speed_flags(groups["speed"])
+    add_log_flags(groups["log and checkpoints"])
+    add_rare_flags(groups["rarely needed"])
+
+
+def add_data_flags(group: argparse._ArgumentGroup, augmentations: Iterable[str]) -> None:
+    group.add_argument("--train-images", metavar="DIR", help="image folder, for another layout than COCO's")
+    group.add_argument("--train-annotations", metavar="FILE", help="annotation file, for another layout than COCO's")
+    group.add_argument("--data-augmentation", choices=list(augmentations), help="default: %(default)s")
+    group.add_argument("--check-data", action="store_true", help="verify annotations and images, list all faults, exit")
+
+
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model",
+        choices=ssd.list_models(),
+        metavar="NAME",
+        help="one of the family, see docs/models.md (default: %(default)s)",
+    )
+    group.add_argument(
+        "--weights",
+        metavar="NAME_OR_FILE",
+        help="start from a whole model: SSD300_VGG16_Weights.COCO_V1, or a file",
+    )
+    group.add_argument(
+        "--weights-backbone",
+        default="default",
+        metavar="NAME_OR_FILE",
+        help="start from a backbone: enum name, file, 'none' or 'default': ImageNet weights",
+    )
+    frozen = group.add_mutually_exclusive_group()
+    frozen.add_argument(
+        "--trainable-backbone-layers",
+        type=not_negative,
+        metavar="N",
+        help="stages that train, from the last (default: 4 of VGG)",
+    )
+    frozen.add_argument("--freeze-backbone", action="store_true", help="train the heads alone; needs --weights")
+
+
+def add_schedule_flags(group: argparse._ArgumentGroup) -> None:
+    add_batch_size(group)
+    group.add_argument("--epochs", type=positive, metavar="N", help="default: %(default)s")
+    group.add_argument("--lr", type=positive_number, metavar="RATE", help="of the global batch (default: %(default)s)")
+    group.add_argument(
+        "--scale-lr",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="take --lr for the recipe's global batch, and scale it to this one",
+    )
+    group.add_argument(
+        "--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], help="after the warm-up (default: %(default)s)"
+    )
+    group.add_argument(
+        "--lr-steps", type=int, nargs="+", metavar="EPOCH", help="epochs that lower the rate (default: %(default)s)"
+    )
+    group.add_argument(
+        "--lr-gamma", type=positive_number, metavar="FACTOR", help="by how much each does (default: %(default)s)"
+    )
+    group.add_argument(
+        "--lr-warmup-epochs",
+        type=not_negative,
+        metavar="N",
+        help="epochs of rising rate (default: up to 1000 steps of the first)",
+    )
+    group.add_argument("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
+    group.add_argument("--momentum", type=fraction, metavar="M", help="of SGD (default: %(default)s)")
+    group.add_argument(
+        "--wd", "--weight-decay", dest="weight_decay", type=fraction, metavar="W", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--accumulate",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="batches of a process per step (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed", type=not_negative, default=0, metavar="N", help="of weights, order and augmentation (default: 0)"
+    )
+
+
+def add_speed_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="with torch.compile, in this mode of its"
+    )
+    group.add_argument("--cache", choices=["ram"], help="hold the training images' files in memory")
+
+
+def add_log_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--print-freq", type=positive, default=20, metavar="STEPS", help="steps between lines (default: %(default)s)"
+    )
+    group.add_argument(
+        "--eval-freq",
+        type=not_negative,
+        default=1,
+        metavar="EPOCHS",
+        help="epochs between evaluations, 0: never (default: 1)",
+    )
+    group.add_argument(
+        "--checkpoint-freq",
+        type=not_negative,
+        default=0,
+        metavar="STEPS",
+        help="steps between checkpoints (default: every epoch)",
+    )
+    group.add_argument(
+        "--keep", type=not_negative, default=1, metavar="N", help="older checkpoints that stay (default: %(default)s)"
+    )
+    group.add_argument(
+        "--resume", metavar="FILE", help="checkpoint to continue from; 'auto': that of --output-dir, if any"
+    )
+    group.add_argument(
+        "--time-limit", type=positive_number, metavar="MINUTES", help="stop then, with a checkpoint to continue from"
+    )
+    group.add_argument("--test-only", action="store_true", help="evaluate --resume or --weights, then exit")
+
+
+def add_rare_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--weight-init",
+        choices=["default", *ssd.WEIGHT_INITS],
+        default="default",
+        help="of what SSD adds to a backbone (default: xavier, of SSDlite normal)",
+    )
+    group.add_argument("--sync-bn", action="store_true", help="batch norm over the batches of all GPUs")
+    group.add_argument(
+        "--norm-weight-decay", type=fraction, metavar="W", help="of batch norm (default: that of all layers)"
+    )
+    group.add_argument(
+        "--max-steps", type=positive, metavar="N", help="stop after this many steps of the whole run, then evaluate"
+    )
+    group.add_argument("--use-deterministic-algorithms", action="store_true", help="the same results again on a GPU")
+    group.add_argument(
+        "--aspect-ratio-group-factor", type=int, metavar="K", help="accepted, without effect: SSD's input is square"
+    )

@@ -1,0 +1,166 @@
+"""Detecting on every image once, whatever the number of processes, and what comes of it."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import coco_utils
+import ssd
+import utils
+from coco import CocoAnnotations, scoring
+
+from . import loading
+
+LOSSES = ("bbox_regression", "classification", "positives")
+
+
+@dataclass
+class Inference:
+    """What a model predicts on images."""
+
+    image_ids: ndarray  # int64 [n]
+    detections: ndarray  # float64 [N, 7], see ``scoring.detections_to_array``
+    losses: ndarray | None  # float64 [n, 3], the columns of ``LOSSES``, if asked for
+    faults: list[str]  # of images that were skipped, which have no detections
+    seconds: float = 0.0
+
+
+@torch.inference_mode()
+def detect(
+    model: ssd.SSD,
+    loader: DataLoader,
+    category_id_of: dict[int, int],
+    autocast: AbstractContextManager,
+    with_loss: bool = False,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Inference:
+    """Runs ``model`` over the batches of ``loader``, and ``after_batch`` after each of them.
+
+    Raises:
+        FloatingPointError: the model predicts boxes or scores that are not finite.
+    """
+    model.eval()
+    device = model.default_boxes.device
+    start = time.perf_counter()
+    image_ids, detections, losses, faults = [np.zeros(0, np.int64)], [np.zeros((0, 7))], [np.zeros((0, 3))], []
+    for batch in loader:
+        with autocast:
+            outputs = predict(model, batch["image"].to(device, non_blocking=True), loader.batch_size)
+        try:
+            results = model.postprocess_detections(outputs, batch["size"].to(device))
+        except ssd.NotFiniteError as error:
+            broken = [batch["image_id"][row] for row in error.rows]
+            raise FloatingPointError(
+                f"the model's predictions are not finite on images {broken}: its weights are broken"
+            ) from None
+        if with_loss:
+            sums = model.sum_losses(outputs, *coco_utils.split_objects(batch["objects"].to(device)))
+            losses.append(torch.stack([sums[name] for name in LOSSES], dim=1).double().cpu().numpy())
+        image_ids.append(np.array(batch["image_id"], np.int64))
+        faults += filter(None, batch["fault"])
+        for image_id, fault, found in zip(batch["image_id"], batch["fault"], results, strict=True):
+            if not fault:
+                detections.append(scoring.detections_to_array(image_id, found, category_id_of))
+        after_batch()
+    losses = np.concatenate(losses) if with_loss else None
+    seconds = time.perf_counter() - start
+    return Inference(np.concatenate(image_ids), np.concatenate(detections), losses, faults, seconds)
+
+
+def predict(model: ssd.SSD, images: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """What the model says of images [N, 3, size, size], which it gets as a whole batch.
+
+    Rounding may depend on a batch's size. If the last batch were smaller, results would depend on how many processes
+    share the images.
+    """
+    num_images = len(images)
+    if num_images < batch_size:
+        images = F.pad(images, (0, 0) * 3 + (0, batch_size - num_images))
+    return {name: output[:num_images] for name, output in model(images).items()}
+
+
+def infer(
+    model: ssd.SSD,
+    dataset: Dataset,
+    category_id_of: dict[int, int],
+    *,
+    batch_size: int,
+    workers: int,
+    loader_timeout: float,
+    autocast: AbstractContextManager,
+    with_loss: bool = False,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Inference | None:
+    """Detects on every image of ``dataset`` once, shared among all processes.
+
+    Args:
+        model: predicts the labels of ``category_id_of``.
+        dataset: samples as those of ``coco_utils.CocoEvalDataset``, and their ``image_ids``.
+        category_id_of: the category of each label; other labels are left out.
+        batch_size, workers, loader_timeout: of the loader, per process.
+        autocast: context for the forward pass.
+        with_loss: compute the loss too.
+        after_batch: called equally often by all processes, after each of their batches.
+
+    Returns:
+        On the main process what all have found, by image in the order of their ids; None elsewhere.
+    """
+    share = Subset(dataset, range(utils.rank(), len(dataset), utils.world_size()))
+    on_gpu = model.default_boxes.device.type == "cuda"
+    loader = loading.make_loader(
+        share, workers, loader_timeout, pin_memory=on_gpu, batch_size=batch_size, collate_fn=coco_utils.collate
+    )
+    found = detect(model, loader, category_id_of, autocast, with_loss, after_batch)
+    most_batches = math.ceil(math.ceil(len(dataset) / utils.world_size()) / batch_size)
+    for _ in range(most_batches - len(loader)):
+        after_batch()
+    shares = utils.gather_to_main(found)
+    return None if shares is None else merge(shares, dataset.image_ids)
+
+
+def merge(shares: list[Inference], expected_ids: ndarray) -> Inference:
+    """What all processes have found, in an order that does not depend on their number."""
+    image_ids = np.concatenate([share.image_ids for share in shares])
+    if not np.array_equal(np.sort(image_ids), np.sort(expected_ids)):
+        raise RuntimeError("an image is missing or came twice: the processes shared the images differently")
+    detections = np.concatenate([share.detections for share in shares])
+    with_loss = shares[0].losses is not None
+    return Inference(
+        np.sort(image_ids),
+        detections[np.argsort(detections[:, 0], kind="stable")],
+        np.concatenate([share.losses for share in shares])[np.argsort(image_ids)] if with_loss else None,
+        sorted(fault for share in shares for fault in share.faults),
+        max(share.seconds for share in shares),
+    )
+
+
+def score(annotations: CocoAnnotations, found: Inference, scorer: str) -> scoring.Scores:
+    """COCO's scores; among their counts the images ``skipped``, and the mean ``loss`` per positive, if known."""
+    scores = scoring.score_detections(annotations, found.detections, scorer)
+    scores.metrics["counts"]["skipped"] = len(found.faults)
+    if found.losses is not None:
+        *terms, positives = found.losses.sum(axis=0)
+        means = {name: float(term / max(positives, 1)) for name, term in zip(LOSSES[:-1], terms, strict=True)}
+        scores.metrics["loss"] = {"loss": sum(means.values()), **means}
+    return scores
+
+
+def describe(found: Inference, metrics: dict, seconds: float) -> str:
+    """For the console: what was skipped, how long it took, the loss if known, COCO's table."""
+    lines = [f"Skipped, and scored as an image without detections: {fault}" for fault in found.faults]
+    num_images = len(found.image_ids)
+    if found.seconds:
+        lines.append(f"Detected in {found.seconds:.1f} s, {num_images / found.seconds:.1f} images/s")
+    lines.append(f"Scored in {seconds:.2f} s, {num_images / seconds:.0f} images/s")
+    if "loss" in metrics:
+        lines.append("  ".join(f"{name}: {value:.4f}" for name, value in metrics["loss"].items()))
+    return "\n".join([*lines, scoring.format_table(metrics)])

@@ -1,0 +1,116 @@
+"""Evaluation within a training run: detection between two epochs, all that needs no model beside the next one."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import utils
+from coco import scoring
+from coco_utils import CocoEvalDataset
+from view import reports
+
+from . import inference
+from .inference import Inference
+from .run_log import RunLog
+from .training_state import TrainingState, copy_to_host
+
+NUM_PICTURES = 8
+
+
+@dataclass
+class Pending:
+    """An evaluation whose scores are not known yet."""
+
+    step: int
+    checkpoint: dict  # of the model that was evaluated, in the memory of the host
+    report: Future
+
+
+class Validation:
+    """Evaluates a model in training, and keeps the best.
+
+    A checkpoint that says that a step was evaluated must be right, so ``settle`` comes before any is saved.
+
+    Args:
+        state: what is trained.
+        dataset: the validation set.
+        infer: ``inference.infer`` with the settings of its keyword arguments.
+        log: of the run.
+        output_dir: where the pictures go.
+        save_best: writes a training state to best.pth.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        dataset: CocoEvalDataset,
+        infer: Callable[..., Inference | None],
+        log: RunLog,
+        output_dir: Path,
+        save_best: Callable[[dict], None],
+    ):
+        self.state = state
+        self.dataset = dataset
+        self.annotations = dataset.annotations
+        self.infer = infer
+        self.log = log
+        self.output_dir = output_dir
+        self.save_best = save_best
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Pending | None = None
+
+    def begin(self, after_batch: Callable[[], None] = lambda: None) -> None:
+        """Detects on the validation set; the main process goes on to score in another thread.
+
+        What ``after_batch``, which is called after each batch, raises, ends it as if it had not begun.
+        """
+        assert self.pending is None
+        state = self.state
+        utils.broadcast_buffers(state.model)
+        found = self.infer(state.model, self.dataset, self.annotations.category_id_of, after_batch=after_batch)
+        state.evaluated_step = state.global_step
+        if found is not None:
+            report = self.thread.submit(self.report, found, state.global_step)
+            self.pending = Pending(state.global_step, copy_to_host(state.state_dict()), report)
+
+    def report(self, found: Inference, step: int) -> tuple[str, dict]:
+        """Scores and draws what was found. Returns what to print and the numbers to log."""
+        start = time.perf_counter()
+        scores = inference.score(self.annotations, found, "hotcoco")
+        seconds = time.perf_counter() - start
+        diagnosis = scoring.diagnose(self.annotations, found.detections)
+        rows = reports.choose_images(self.annotations, diagnosis, NUM_PICTURES, "first")
+        drawn = dict(reports.draw_images(self.annotations, self.dataset.images_dir, diagnosis, rows))
+        charts = reports.draw_charts(self.annotations, scores, diagnosis)
+        reports.write_pictures(self.output_dir, (drawn | charts).items())
+        for name, picture in drawn.items():
+            self.log.image(f"detections/{name}", picture, step)
+        for name, chart in charts.items():
+            self.log.image(f"charts/{name}", chart, step)
+        table = scoring.format_class_table(scores.metrics, at_most=len(self.annotations.categories))
+        self.log.text("classes", table, step)
+        self.log.curve("precision_recall_at_IoU_0.50", step, **reports.count_by_threshold(self.annotations, diagnosis))
+        num_images = len(found.image_ids)
+        rates = {"images/s": num_images / found.seconds, "images scored/s": num_images / seconds}
+        numbers = {name: scores.metrics[name] for name in scoring.METRICS} | scores.metrics.get("loss", {}) | rates
+        return inference.describe(found, scores.metrics, seconds), numbers
+
+    def settle(self, wait: bool = True) -> None:
+        """Logs the scores of the last evaluation, and saves its model if it is the best.
+
+        Args:
+            wait: for the scores; else nothing is done while they are not known.
+        """
+        if self.pending is None or not (wait or self.pending.report.done()):
+            return
+        pending, self.pending = self.pending, None
+        text, numbers = pending.report.result()
+        epoch = (pending.step - 1) // self.state.steps_per_epoch
+        self.log.info(f"Evaluation in epoch {epoch}\n{text}")
+        self.log.metrics("val", pending.step, numbers, epoch=epoch)
+        ap = numbers["AP"]
+        if ap is not None and ap > self.state.best_ap:
+            self.state.best_ap = ap
+            self.save_best(pending.checkpoint | {"best_ap": ap})

@@ -1,0 +1,147 @@
+"""What a person looks at: inputs of training, and after an evaluation images, chosen by their mistakes, and charts."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+from torch import Tensor
+
+from coco import CocoAnnotations, DataError, load_image, scoring
+from coco_utils import CocoTrainDataset, collate, split_objects
+
+from . import charts, pictures
+
+ORDERS = ("first", "worst", "random")
+MIN_SHOWN_SCORE = 0.3
+CURVE_THRESHOLDS = 101
+
+
+def choose_images(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, number: int, by: str) -> list[int]:
+    """Rows of ``number`` images: the ``first``, the ``worst`` (most mistakes), or always the same ``random`` ones."""
+    num_images = len(annotations.image_ids)
+    if by == "worst":
+        order = np.argsort(-sum(count_mistakes(annotations, diagnosis)), kind="stable")
+    else:
+        order = np.random.default_rng(0).permutation(num_images) if by == "random" else np.arange(num_images)
+    return order[:number].tolist()
+
+
+def count_mistakes(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis) -> tuple[ndarray, ndarray]:
+    """How many objects were missed and how many detections are false, at ``MIN_SHOWN_SCORE``: int64 [images] each."""
+    is_shown = diagnosis.detections[:, 5] >= MIN_SHOWN_SCORE
+    is_missed = ~annotations.is_crowd & ~np.isin(annotations.annotation_ids, diagnosis.found[is_shown])
+    missed_until = np.concatenate(([0], is_missed.cumsum()))[annotations.offsets]
+    false_in = diagnosis.detections[is_shown & diagnosis.is_false, 0]
+    order = np.argsort(annotations.image_ids)
+    false = np.bincount(
+        order[np.searchsorted(annotations.image_ids, false_in, sorter=order)], minlength=len(annotations.image_ids)
+    )
+    return np.diff(missed_until), false
+
+
+def draw_images(
+    annotations: CocoAnnotations, images_dir: str | Path, diagnosis: scoring.Diagnosis, rows: Iterable[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Images with ground truth (left) and detections over ``MIN_SHOWN_SCORE`` (right): a name and uint8 [3, H, W]."""
+    missed, false = count_mistakes(annotations, diagnosis)
+    for number, row in enumerate(rows):
+        try:
+            image = load_image(annotations, Path(images_dir), row)[..., :3]
+        except DataError:  # evaluation has reported it
+            continue
+        mistakes = f"detections, score >= {MIN_SHOWN_SCORE}: {missed[row]} missed, {false[row]} false"
+        image, scale = pictures.fit_for_viewing(image)
+        objects = draw_objects(annotations, diagnosis, row, image, scale)
+        found = draw_detections(annotations, diagnosis, row, image, scale, mistakes)
+        yield f"{number:04d}_{Path(annotations.file_name(row)).stem}", pictures.side_by_side(objects, found)
+
+
+def draw_objects(
+    annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, row: int, image: ndarray, scale: float
+) -> Tensor:
+    """The ground truth of an image; what no detection found is marked as missed."""
+    span = slice(*annotations.offsets[row : row + 2])
+    found = diagnosis.found[diagnosis.detections[:, 5] >= MIN_SHOWN_SCORE]
+    is_found = np.isin(annotations.annotation_ids[span], found)
+    notes = [
+        " (crowd)" if is_crowd else "" if was_found else " (missed)"
+        for is_crowd, was_found in zip(annotations.is_crowd[span], is_found, strict=True)
+    ]
+    boxes = annotations.boxes[span] * scale
+    return draw(annotations, image, boxes, annotations.category_ids[span], notes, "ground truth")
+
+
+def draw_detections(
+    annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, row: int, image: ndarray, scale: float, caption: str
+) -> Tensor:
+    """The detections in an image, the surest on top; the false ones are marked."""
+    detections = diagnosis.detections
+    chosen = np.flatnonzero((detections[:, 0] == annotations.image_ids[row]) & (detections[:, 5] >= MIN_SHOWN_SCORE))
+    chosen = chosen[np.argsort(detections[chosen, 5])]
+    notes = [f" {detections[i, 5]:.2f}" + (" (false)" if diagnosis.is_false[i] else "") for i in chosen]
+    return draw(annotations, image, detections[chosen, 1:5] * scale, detections[chosen, 6], notes, caption)
+
+
+def draw(annotations: CocoAnnotations, image: ndarray, boxes, category_ids, notes: list[str], caption: str) -> Tensor:
+    """An image with boxes [N, 4], xywh, each with the name of its class and a note."""
+    texts = [annotations.categories[i] + note for i, note in zip(category_ids, notes, strict=True)]
+    labels = [annotations.label_of[i] for i in category_ids]
+    return pictures.draw_boxes(image, pictures.to_corners(boxes), labels, texts, caption)
+
+
+def draw_inputs(dataset: CocoTrainDataset, preset, number: int) -> Tensor:
+    """The first training images, augmented as the network sees them, with their objects: uint8 [3, H, W].
+
+    Args:
+        dataset: the training set.
+        preset: whose ``on_device`` finishes a batch.
+        number: of images.
+    """
+    names = {one["label"]: one["name"] for one in dataset.annotations.classes}
+    batch = collate([dataset[0, i] for i in range(min(number, len(dataset)))])
+    pixels = preset.on_device(batch).round().byte().permute(0, 2, 3, 1).numpy()
+    drawn = []
+    for image, boxes, labels in zip(pixels, *split_objects(batch["objects"]), strict=True):
+        is_object = labels > 0
+        labels = labels[is_object].tolist()
+        texts = [names[label] for label in labels]
+        drawn.append(pictures.draw_boxes(image, boxes[is_object].numpy(), labels, texts, "input"))
+    return pictures.grid(drawn, columns=4)
+
+
+def draw_charts(
+    annotations: CocoAnnotations, scores: scoring.Scores, diagnosis: scoring.Diagnosis
+) -> dict[str, Tensor]:
+    """The charts of an evaluation by name: uint8 [3, H, W]."""
+    confusion = scoring.confusion_matrix(annotations, diagnosis, MIN_SHOWN_SCORE)
+    return {
+        "precision_recall": charts.precision_recall(scores.precision, scoring.RECALLS, scoring.IOU_THRESHOLDS),
+        "confusion_matrix": charts.confusion_matrix(confusion, list(annotations.categories.values()), MIN_SHOWN_SCORE),
+    }
+
+
+def write_pictures(output_dir: Path, drawn: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes pictures by name, each as it is drawn, in the place of an earlier evaluation's."""
+    folder = output_dir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for outdated in folder.glob("[0-9][0-9][0-9][0-9]_*.png"):
+        outdated.unlink()
+    for name, picture in drawn:
+        pictures.save_png(picture, folder / f"{name}.png")
+
+
+def count_by_threshold(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis) -> dict[str, ndarray]:
+    """Right and false detections and missed objects at IoU 0.5, for score thresholds from 0 to 1: int64 [101] each.
+
+    Below ``scoring.MIN_DIAGNOSED_SCORE`` the counts are those of that score.
+    """
+    thresholds = np.linspace(0, 1, CURVE_THRESHOLDS)
+    is_right = diagnosis.found > 0
+
+    def count(which: ndarray) -> ndarray:
+        scores = np.sort(diagnosis.detections[which, 5])
+        return len(scores) - np.searchsorted(scores, thresholds)
+
+    right = count(is_right)
+    return {"right": right, "false": count(diagnosis.is_false), "missed": int((~annotations.is_crowd).sum()) - right}
