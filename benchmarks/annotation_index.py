@@ -1,6 +1,6 @@
 """Annotation files: start time and memory of the index, cold and warm, against pycocotools.
 
-    python benchmarks/annotation_index.py [--annotations FILE] [--images N] [--boxes N]
+    python -m benchmarks.annotation_index [--annotations FILE] [--images N] [--boxes N]
 
 Without --annotations it writes a file of train2017's size: 118,287 images, 860,001 boxes with polygons, about 450 MB.
 Each measurement is a process of its own: seconds until the data set of a training run stands (pycocotools: until its

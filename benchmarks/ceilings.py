@@ -1,6 +1,6 @@
 """What a device can do at most, and what the convolutions of SSD300-VGG16 make of it whose channels are odd.
 
-    python benchmarks/ceilings.py [--convolutions] [--batch-size N] [--device cpu|cuda]
+    python -m benchmarks.ceilings [--convolutions] [--batch-size N] [--device cpu|cuda]
 
 The ceilings are a product of two matrices and a copy, of random numbers. --convolutions times the forward pass and
 both backward passes of the head's class predictions, as they are and with output channels up to the next multiple of 8,

@@ -1,6 +1,6 @@
 """A data set with files like COCO's.
 
-python benchmarks/coco_like.py FOLDER [--files N]
+python -m benchmarks.coco_like FOLDER [--files N]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """How many objects of a data set the default boxes find, as guessed and by the rules that are published.
 
-    python benchmarks/default_boxes.py --annotations instances_val2017.json
+    python -m benchmarks.default_boxes --annotations instances_val2017.json
 
 An object that no default box overlaps with an IoU of 0.5 is matched by a single one only, the best. Small are objects
 with less than a hundredth of their image's area. "equation 4" of the paper is torchvision's choice where no scales are

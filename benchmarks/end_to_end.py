@@ -1,7 +1,7 @@
 """Training from files to weights: images per second of train.py, and how long its steps wait for images.
 
-    python benchmarks/end_to_end.py [--batch-size N] [--steps N] [--files N] [--drawn DIR] [any flag of train.py]
-    python benchmarks/end_to_end.py --batch-size 128 --workers 16 --amp --compile
+    python -m benchmarks.end_to_end [--batch-size N] [--steps N] [--files N] [--drawn DIR] [any flag of train.py]
+    python -m benchmarks.end_to_end --batch-size 128 --workers 16 --amp --compile
 
 Draws JPEG files of COCO's size, in DIR to be used again, and trains on them with train.py for one epoch, from memory
 (--cache ram), where each image of the epoch takes 125 kB though it is one of few files. The second half of the log

@@ -1,6 +1,6 @@
 """Evaluation from decoding files to metrics: images per second of evaluate.py and of torchvision's references.
 
-    python benchmarks/evaluation.py --data-path DIR [--images N] [--batch-size N ...] [--workers N] [--rounds N]
+    python -m benchmarks.evaluation --data-path DIR [--images N] [--batch-size N ...] [--workers N] [--rounds N]
                                     [--weights FILE | --weights-backbone FILE]
 
 DIR is a folder in COCO's layout; its validation images are used, or the first --images of them. Both sides are

@@ -1,6 +1,6 @@
-"""Size and cost of every model of the family, as the README's table.
+"""Size and cost of every model of the family, as the table of docs/models.md.
 
-    python benchmarks/family.py
+    python -m benchmarks.family
 
 Parameters are those of 91 classes, GMACs (10^9 multiply-accumulates) those of the convolutions for one image. Nothing
 is computed but shapes.

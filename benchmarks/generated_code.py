@@ -1,6 +1,6 @@
 """What --compile generates for a GPU, on a machine without one: kernels of the step of SSD300-VGG16, by kind.
 
-    python benchmarks/generated_code.py [--batch-size N] [--save DIR]
+    python -m benchmarks.generated_code [--batch-size N] [--save DIR]
 
 The step is traced on the CPU, and Inductor then writes code for the properties of an H100. Nothing is compiled or run;
 the counts show what it would do. Twice: as Inductor does by itself, and as execution.py tells it to. The last line is

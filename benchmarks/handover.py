@@ -1,6 +1,6 @@
 """Taking a batch over from a loader worker: what it costs the training process, by how many tensors it travels in.
 
-    python benchmarks/handover.py [--batch-size N] [--batches N] [--rounds N]
+    python -m benchmarks.handover [--batch-size N] [--batches N] [--rounds N]
 
 Ours are the batches of ``coco_utils.collate``. The other variant sends the same numbers as a tensor for each thing that
 is known of an image. Both are made once, in the worker, which then only hands them over; counted is the processor time

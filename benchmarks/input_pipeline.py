@@ -1,6 +1,6 @@
 """Input pipeline: images per second and core, against decoding alone and against torchvision's reference pipeline.
 
-    python benchmarks/input_pipeline.py [--data-path DIR] [--images N] [--rounds N] [--workers N]
+    python -m benchmarks.input_pipeline [--data-path DIR] [--images N] [--rounds N] [--workers N]
 
 Without --data-path it makes JPEG files of COCO's size and texture by itself. Each variant runs in one thread of its own
 process, as a loader worker does. They take turns in every round, on the same files; the fastest round of each counts,

@@ -1,6 +1,6 @@
 """Matching and loss alone: from the heads' outputs to their gradients, ours against torchvision's.
 
-    python benchmarks/loss.py [--batch-size N] [--device cpu|cuda] [--rounds N]
+    python -m benchmarks.loss [--batch-size N] [--device cpu|cuda] [--rounds N]
 
 Images have 8 to 90 boxes, a hard case (COCO has 7 on average); ours gets them padded to as many slots as the image with
 most boxes needs. Each variant has a process of its own; they take turns, and the fastest round counts. The last line is

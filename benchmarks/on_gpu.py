@@ -1,7 +1,7 @@
 """All that only a GPU can show, in one command of nine minutes: what is right, how fast it is, and what bounds it.
 
-    python benchmarks/on_gpu.py [--output-dir DIR] [--weights-backbone FILE] [--data-path DIR] [--minutes N]
-    python benchmarks/on_gpu.py --rehearse        # all steps in miniature, on a CPU too, where nothing is compiled
+    python -m benchmarks.on_gpu [--output-dir DIR] [--weights-backbone FILE] [--data-path DIR] [--minutes N]
+    python -m benchmarks.on_gpu --rehearse        # all steps in miniature, on a CPU too, where nothing is compiled
 
 Needs no network and no data; --weights-backbone (VGG16's) and --data-path (COCO's layout) make the training in it a
 real one. Steps that only check run their commands beside each other, those that measure run alone; each ends at its
@@ -119,8 +119,8 @@ def list_steps(scale: Scale, work: Path, weights_backbone: str, data: str) -> li
     training = f"train.py {data} {scale.training} --weights-backbone {weights_backbone} --lr 0.0005"
     training += f" --output-dir {work}/trained --workers 1 --print-freq 5 {amp_flag(scale)} --max-steps"
     machine = {
-        "ceilings": "benchmarks/ceilings.py",
-        "drawing": f"benchmarks/coco_like.py {work}/drawn --files {scale.files}",
+        "ceilings": "-m benchmarks.ceilings",
+        "drawing": f"-m benchmarks.coco_like {work}/drawn --files {scale.files}",
     }
     return [
         Step("machine", 60, machine),
@@ -146,7 +146,7 @@ def list_checks(scale: Scale) -> dict[str, str]:
     """The tests, and what fills the cache of compiled code for the measurements."""
     tests = f"-m pytest -n {scale.test_workers} tests/test_gpu.py -k"
     compiling = (
-        f"benchmarks/train_step.py --precision {scale.precision} --model {scale.step_model} --rounds 0 --warm-up 1 "
+        f"-m benchmarks.train_step --precision {scale.precision} --model {scale.step_model} --rounds 0 --warm-up 1 "
         "--at-once 4"
     )
     combined, padded = variant_flags(scale)
@@ -163,7 +163,7 @@ def list_checks(scale: Scale) -> dict[str, str]:
 
 def list_step_measurements(scale: Scale) -> list[Step]:
     """Convolutions alone, steps of both sides with their profiles, and the levers."""
-    train_step = f"benchmarks/train_step.py --precision {scale.precision} --steps {scale.steps}"
+    train_step = f"-m benchmarks.train_step --precision {scale.precision} --steps {scale.steps}"
     alone = f"{train_step} --model {scale.step_model}"
     rounds, profile = f"--rounds {scale.rounds}", f"--profile {min(10, scale.steps)}"
     modes = " ".join(dict.fromkeys(("eager", scale.compiled, scale.graphs)))
@@ -171,7 +171,7 @@ def list_step_measurements(scale: Scale) -> list[Step]:
     large = f"--batch-size {scale.large_batches} --modes eager {scale.compiled} --peer {scale.peers[-1]} --at-once 3"
     combined, padded = variant_flags(scale)
     return [
-        Step("convolutions", 40, {"": f"benchmarks/ceilings.py --convolutions --batch-size {scale.largest}"}),
+        Step("convolutions", 40, {"": f"-m benchmarks.ceilings --convolutions --batch-size {scale.largest}"}),
         Step("step", 150, {"": f"{train_step} {small} {rounds} {profile}"}),
         Step("step, large batches", 100, {"": f"{train_step} {large} {rounds} {profile}"}),
         Step("step in float32", 50, {"": f"{alone} --batch-size {scale.middle} --precision fp32"}),
@@ -183,10 +183,10 @@ def list_step_measurements(scale: Scale) -> list[Step]:
 def list_other_measurements(scale: Scale, work: Path) -> Iterator[Step]:
     """Post-processing, the loss, and training from files."""
     rounds = f"--rounds {scale.rounds}"
-    postprocess = f"benchmarks/postprocess.py {rounds} --predictions trained collapsed"
+    postprocess = f"-m benchmarks.postprocess {rounds} --predictions trained collapsed"
     yield Step("post-processing", 60, {"": f"{postprocess} --batch-size {scale.postprocessed_batches}"})
-    yield Step("loss", 100, {"": f"benchmarks/loss.py {rounds} --batch-size {scale.middle}"})
-    from_files = f"benchmarks/end_to_end.py --drawn {work}/drawn --files {scale.files} --model {scale.step_model}"
+    yield Step("loss", 100, {"": f"-m benchmarks.loss {rounds} --batch-size {scale.middle}"})
+    from_files = f"-m benchmarks.end_to_end --drawn {work}/drawn --files {scale.files} --model {scale.step_model}"
     from_files += f" --workers {scale.loader_workers} {amp_flag(scale)}"
     sizes, modes = (scale.largest, scale.smallest), (scale.compiled, scale.graphs)
     for size, mode, number in zip(sizes, modes, scale.steps_from_files, strict=True):

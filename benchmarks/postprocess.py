@@ -1,6 +1,6 @@
 """Post-processing: from predictions to detections, ours against torchvision's loop over images and classes.
 
-    python benchmarks/postprocess.py [--batch-size N ...] [--device cpu|cuda] [--rounds N]
+    python -m benchmarks.postprocess [--batch-size N ...] [--device cpu|cuda] [--rounds N]
 
 Predictions are random, as an untrained model's, where nearly every score is over the threshold, or like a trained
 model's: some 2,000 scores per image over it, around a few objects, with confused classes; or, if --predictions asks for

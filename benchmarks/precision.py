@@ -1,6 +1,6 @@
 """Mixed precision and compilation against plain float32: losses and gradients of two batches, and curves of the loss.
 
-    python benchmarks/precision.py --data-path DIR --weights-backbone FILE [--steps 200]
+    python -m benchmarks.precision --data-path DIR --weights-backbone FILE [--steps 200]
 
 First, on photographs of DIR: the loss, and for every layer the cosine of its gradient with that of float32, where the
 gradients of two batches are added as with --accumulate. Then three runs of train.py of --steps steps each: float32 with

@@ -1,6 +1,6 @@
 """Scoring: seconds and memory for the twelve numbers of COCO, with hotcoco, with pycocotools and as torchvision does.
 
-    python benchmarks/scoring.py [--images N] [--detections N] [--rounds N]
+    python -m benchmarks.scoring [--images N] [--detections N] [--rounds N]
 
 It makes annotations of val2017's size, some 36,000 boxes of 80 classes in 5,000 images, among them crowds and images
 without boxes, and 180 detections per image, some of them near a box of their class. Three ways to score them:

@@ -1,7 +1,7 @@
 """Training step: images per second of train.py's loop and of torchvision's reference, on batches that are in memory.
 
-    python benchmarks/train_step.py --batch-size 4 8 32 64 128 --precision fp32 bf16 --modes eager default --peer
-    python benchmarks/train_step.py --batch-size 8 --peer                   # on a CPU: a ratio, no figure to quote
+    python -m benchmarks.train_step --batch-size 4 8 32 64 128 --precision fp32 bf16 --modes eager default --peer
+    python -m benchmarks.train_step --batch-size 8 --peer                   # on a CPU: a ratio, no figure to quote
 
 Ours is train.py's train_one_epoch, photometric distortion on the device included, with as many slots for boxes as COCO
 needs. The peer is torchvision's ssd300_vgg16 in the loop of its references, on images that already have the network's

@@ -16,7 +16,7 @@ from benchmarks.turns import Variants
 
 def test_the_run_for_a_gpu_is_rehearsed(run, tmp_path):
     """Every step, in miniature: nothing of it meets its first error where time on a GPU is counted."""
-    console = run("benchmarks/on_gpu.py", "--rehearse", "--output-dir", tmp_path, timeout=3000).stdout
+    console = run("-m", "benchmarks.on_gpu", "--rehearse", "--output-dir", tmp_path, timeout=3000).stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["failed"] == []
     assert json.loads(console.splitlines()[-1]) == {key: report[key] for key in report if key != "results"}

@@ -219,7 +219,9 @@ def test_defaults_are_the_published_recipe():
 @pytest.mark.parametrize("script", PARSERS)
 def test_the_help_is_in_the_order_in_which_a_user_thinks(script):
     text = PARSERS[script].format_help()
-    groups = [title for title in re.findall(r"^([a-z][a-z ]+):$", text, re.MULTILINE) if title not in ("usage", "options")]
+    groups = [
+        title for title in re.findall(r"^([a-z][a-z ]+):$", text, re.MULTILINE) if title not in ("usage", "options")
+    ]
     expected = ["what to evaluate", "data", "model", "training", "speed", "log and checkpoints", "rarely needed"]
     assert groups == [title for title in expected if title in groups]
     assert "ssd512_vgg11_bn" not in text  # nor the names of the other models
