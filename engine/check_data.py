@@ -7,15 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 import utils
-from coco import (
-    CocoAnnotations,
-    DataError,
-    Split,
-    check_same_classes,
-    fault_of_image,
-    is_object,
-    parse_annotations,
-)
+from coco import CocoAnnotations, DataError, Split, check_same_classes, fault_of_image, is_object, parse_annotations
 
 from . import loading, run_log
 

@@ -171,9 +171,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
         help="one of the family, see docs/models.md (default: %(default)s)",
     )
     group.add_argument(
-        "--weights",
-        metavar="NAME_OR_FILE",
-        help="start from a whole model: SSD300_VGG16_Weights.COCO_V1, or a file",
+        "--weights", metavar="NAME_OR_FILE", help="start from a whole model: SSD300_VGG16_Weights.COCO_V1, or a file"
     )
     group.add_argument(
         "--weights-backbone",
