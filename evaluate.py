@@ -28,8 +28,6 @@ from engine.inference import Inference
 from presets import DetectionPresetEval
 from view import own_images, reports
 
-DEFAULT_OUTPUT_DIRS = {"evaluate": "out/evaluation", "detect_on_images": "out/images"}
-
 
 def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD, list[dict] | None]:
     """The model of ``--checkpoint``, and its classes if it tells them."""
@@ -157,9 +155,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     device = utils.init_distributed(args.device, args.dist_timeout)
-    run = evaluate if args.images is None else detect_on_images
-    args.output_dir = args.output_dir or DEFAULT_OUTPUT_DIRS[run.__name__]
-    run(args, device)
+    if args.images is None:
+        args.output_dir = args.output_dir or "out/evaluation"
+        evaluate(args, device)
+    else:
+        args.output_dir = args.output_dir or "out/images"
+        detect_on_images(args, device)
     utils.cleanup_distributed()
 
 

@@ -38,8 +38,6 @@ from engine.validation import Validation
 from presets import DetectionPresetTrain
 from view import reports
 
-NUM_LOGGED_IMAGES = 8
-
 
 class BatchLosses(nn.Module):
     """The way from a batch to its losses: one module, so that it is compiled and distributed as a whole."""
@@ -64,12 +62,12 @@ def train_one_epoch(
     batch_losses: nn.Module,
     loader: DataLoader,
     log: StepLog,
-    check: Callable[[list[dict], list[Tensor], Tensor], None],
+    check_finite: Callable[[list[dict], list[Tensor], Tensor], None],
     after_step: Callable[[], None],
 ) -> None:
     """Trains on every batch of ``loader``; ``batch_losses`` is a ``BatchLosses`` or a wrapper of one.
 
-    After each step ``check`` gets its batches, their losses and the norm of the gradients.
+    After each step ``check_finite`` gets its batches, their losses and the norm of the gradients.
     """
     state.model.train()
     step_batches, step_losses = [], []
@@ -77,13 +75,13 @@ def train_one_epoch(
         completes_step = state.completes_step
         with utils.averaging_gradients(batch_losses, enabled=completes_step):
             losses = batch_losses(batch)
-            state.add_gradients(losses["loss"])
+            state.backward(losses["loss"])
         step_batches.append(batch)
         step_losses.append(log.add(losses))
         if completes_step:
             lr = state.optimizer.param_groups[0]["lr"]
-            gradient_norm = state.update()
-            check(step_batches, step_losses, gradient_norm)
+            gradient_norm = state.optimizer_step()
+            check_finite(step_batches, step_losses, gradient_norm)
             log.update(lr, state.overflows)
             after_step()
             step_batches, step_losses = [], []
@@ -99,7 +97,7 @@ def train(
         FloatingPointError: a loss or a gradient is not finite; what was saved is from before.
     """
     with run.saved_if_stopped():
-        run.evaluate_if_due()  # as a run is that was stopped between an epoch and its evaluation
+        run.evaluate_if_due()  # if it was stopped between an epoch and its evaluation
         while not run.is_complete:
             epoch, first_step = divmod(run.state.global_step, sampler.steps_per_epoch)
             sampler.select(epoch, first_step, run.last_step - epoch * sampler.steps_per_epoch)
@@ -121,7 +119,7 @@ def train(
 def make_model(args: argparse.Namespace, device: torch.device, num_classes: int, resumed: bool = False) -> ssd.SSD:
     """The model that the flags name. One to be ``resumed`` needs no weights, since its checkpoint has them.
 
-    What the flags leave open about it, they tell afterwards.
+    What the flags leave open, the trainable layers and the input scaling, is written back into ``args``.
 
     Raises:
         ValueError: weights are missing, damaged, of another model, or needed.
@@ -252,12 +250,14 @@ def main(args: argparse.Namespace) -> None:
             log.info(f"Continuing after {state.global_step} steps")
         elif log.enabled:
             with loading.at_most(args.loader_timeout):
-                log.image("inputs", reports.draw_inputs(dataset, preset, NUM_LOGGED_IMAGES), 0)
+                log.image("inputs", reports.draw_inputs(dataset, preset), 0)
 
         batch_losses = make_batch_losses(args, model, preset, device)
         val_dataset = evaluate.make_validation_set(args, model, val_annotations, val_split.images_dir)
         infer = evaluate.make_infer(args, device)
+        # detects after an epoch, scores in a thread beside the next, and then saves best.pth
         validation = Validation(state, val_dataset, infer, log, output_dir, saver.save_best)
+        # signals and --time-limit, after which the state is saved; numbers that are not finite, after which it is not
         stopping = Stopping(interruption, Divergence(output_dir))
         last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
         run = Run(state, last_step, args.eval_freq, args.checkpoint_freq, validation, saver, stopping)

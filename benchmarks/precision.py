@@ -53,7 +53,7 @@ def losses_and_gradients(
         optimizer.zero_grad(set_to_none=False)
         for batch in batches:
             loss = batch_losses(utils.to_device(batch, device))["loss"]
-            state.add_gradients(loss)
+            state.backward(loss)
             losses.append(loss.item())
     gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.requires_grad}
     return losses[-len(batches) :], gradients

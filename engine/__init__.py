@@ -1,6 +1,6 @@
 """How a run lives.
 
-flags.py           the flags of the scripts; the rooms below know none of them
+flags.py           the flags of the scripts
 execution.py       how a device computes: memory layout, precision, compilation
 optimization.py    the optimizer and its learning rate
 training_state.py  what training changes, and one step of it

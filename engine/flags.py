@@ -1,4 +1,7 @@
-"""The flags of the scripts, in the groups in which a user thinks."""
+"""The flags of the scripts, in the groups in which a user thinks.
+
+Those without a default here take it from the recipe (``presets.parse_with_recipe``).
+"""
 
 import argparse
 import math
@@ -78,23 +81,25 @@ def add_groups(parser: argparse.ArgumentParser) -> Groups:
 
 def add_common_flags(groups: Groups) -> None:
     """The flags that train.py and evaluate.py share."""
-    data = groups["data"]
-    data.add_argument(
+    add = groups["data"].add_argument
+    add(
         "--dataset",
         choices=["coco", "shapes"],
         default="coco",
         help="COCO format, or the embedded set of drawn shapes (default: %(default)s)",
     )
-    data.add_argument(
-        "--data-path", metavar="DIR", help="folder with train2017, val2017 and annotations (shapes: data/shapes)"
+    add("--data-path", metavar="DIR", help="folder with train2017, val2017 and annotations (shapes: data/shapes)")
+    add("--val-images", metavar="DIR", help="image folder, for another layout than COCO's")
+    add("--val-annotations", metavar="FILE", help="annotation file, for another layout than COCO's")
+    add(
+        "--on-bad-image",
+        choices=["raise", "skip"],
+        default="raise",
+        help="what to do with an image that cannot be read",
     )
-    data.add_argument("--val-images", metavar="DIR", help="image folder, for another layout than COCO's")
-    data.add_argument("--val-annotations", metavar="FILE", help="annotation file, for another layout than COCO's")
-    data.add_argument(
-        "--on-bad-image", choices=["raise", "skip"], default="raise", help="what to do with one that cannot be read"
-    )
-    speed = groups["speed"]
-    speed.add_argument(
+
+    add = groups["speed"].add_argument
+    add(
         "-j",
         "--workers",
         type=not_negative,
@@ -102,30 +107,32 @@ def add_common_flags(groups: Groups) -> None:
         metavar="N",
         help="loader processes per process (default: %(default)s)",
     )
-    speed.add_argument(
-        "--device", type=device_name, metavar="NAME", help="cuda, cpu, ... (default: the GPU if there is one)"
+    add("--device", type=device_name, metavar="NAME", help="cuda, cpu, ... (default: the GPU if there is one)")
+    add("--amp", nargs="?", const="bf16", choices=list(AMP_DTYPES), help="mixed precision, bf16 if no type is named")
+
+    add = groups["log and checkpoints"].add_argument
+    add(
+        "--output-dir",
+        metavar="DIR",
+        help="folder for all that is written (train: out; evaluate: out/evaluation, out/images)",
     )
-    speed.add_argument(
-        "--amp", nargs="?", const="bf16", choices=list(AMP_DTYPES), help="mixed precision, bf16 if no type is named"
-    )
-    log = groups["log and checkpoints"]
-    log.add_argument("--output-dir", metavar="DIR", help="folder for everything that is written (default: in out)")
-    log.add_argument("--val-loss", action="store_true", help="compute the loss on the validation set too")
-    rare = groups["rarely needed"]
-    rare.add_argument(
+    add("--val-loss", action="store_true", help="compute the loss on the validation set too")
+
+    add = groups["rarely needed"].add_argument
+    add(
         "--input-scaling",
         choices=["default", *ssd.INPUT_SCALINGS],
         default="default",
-        help="of images (default: that of the weights)",
+        help="how images are normalised (default: as the weights want it)",
     )
-    rare.add_argument(
+    add(
         "--loader-timeout",
         type=not_negative,
         default=300,
         metavar="SECONDS",
         help="how long to wait for a batch; 0: forever (default: %(default)s)",
     )
-    rare.add_argument(
+    add(
         "--dist-timeout",
         type=positive,
         default=1800,
@@ -150,34 +157,34 @@ def add_training_flags(groups: Groups, augmentations: Iterable[str]) -> None:
     """The flags of train.py alone; ``augmentations`` are the values of ``--data-augmentation``."""
     add_data_flags(groups["data"], augmentations)
     add_model_flags(groups["model"])
-    add_schedule_flags(groups["training"])
+    add_optimization_flags(groups["training"])
     add_speed_flags(groups["speed"])
     add_log_flags(groups["log and checkpoints"])
     add_rare_flags(groups["rarely needed"])
 
 
 def add_data_flags(group: argparse._ArgumentGroup, augmentations: Iterable[str]) -> None:
-    group.add_argument("--train-images", metavar="DIR", help="image folder, for another layout than COCO's")
-    group.add_argument("--train-annotations", metavar="FILE", help="annotation file, for another layout than COCO's")
-    group.add_argument("--data-augmentation", choices=list(augmentations), help="default: %(default)s")
-    group.add_argument("--check-data", action="store_true", help="verify annotations and images, list all faults, exit")
+    add = group.add_argument
+    add("--train-images", metavar="DIR", help="image folder, for another layout than COCO's")
+    add("--train-annotations", metavar="FILE", help="annotation file, for another layout than COCO's")
+    add("--data-augmentation", choices=list(augmentations), help="default: %(default)s")
+    add("--check-data", action="store_true", help="verify annotations and images, list all faults, exit")
 
 
 def add_model_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--model",
         choices=ssd.list_models(),
         metavar="NAME",
-        help="one of the family, see docs/models.md (default: %(default)s)",
+        help="one of the family, see docs/models.md; SSDlite wants --recipe ssdlite (default: %(default)s)",
     )
-    group.add_argument(
-        "--weights", metavar="NAME_OR_FILE", help="start from a whole model: SSD300_VGG16_Weights.COCO_V1, or a file"
-    )
-    group.add_argument(
+    add("--weights", metavar="NAME_OR_FILE", help="start from a whole model: SSD300_VGG16_Weights.COCO_V1, or a file")
+    add(
         "--weights-backbone",
         default="default",
         metavar="NAME_OR_FILE",
-        help="start from a backbone: enum name, file, 'none' or 'default': ImageNet weights",
+        help="of ImageNet: 'default', an enum name or a file; 'none' for random weights",
     )
     frozen = group.add_mutually_exclusive_group()
     frozen.add_argument(
@@ -189,100 +196,94 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     frozen.add_argument("--freeze-backbone", action="store_true", help="train the heads alone; needs --weights")
 
 
-def add_schedule_flags(group: argparse._ArgumentGroup) -> None:
+def add_optimization_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add_batch_size(group)
-    group.add_argument("--epochs", type=positive, metavar="N", help="default: %(default)s")
-    group.add_argument("--lr", type=positive_number, metavar="RATE", help="of the global batch (default: %(default)s)")
-    group.add_argument(
+    add("--epochs", type=positive, metavar="N", help="default: %(default)s")
+    add(
+        "--lr",
+        type=positive_number,
+        metavar="RATE",
+        help="after the warm-up, of the global batch (default: %(default)s)",
+    )
+    add(
         "--scale-lr",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="take --lr for the recipe's global batch, and scale it to this one",
     )
-    group.add_argument(
-        "--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], help="after the warm-up (default: %(default)s)"
+    add("--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], help="after the warm-up (default: %(default)s)")
+    add("--lr-steps", type=int, nargs="+", metavar="EPOCH", help="epochs that lower the rate (default: %(default)s)")
+    add(
+        "--lr-gamma",
+        type=positive_number,
+        metavar="FACTOR",
+        help="of the rate, at each of --lr-steps (default: %(default)s)",
     )
-    group.add_argument(
-        "--lr-steps", type=int, nargs="+", metavar="EPOCH", help="epochs that lower the rate (default: %(default)s)"
-    )
-    group.add_argument(
-        "--lr-gamma", type=positive_number, metavar="FACTOR", help="by how much each does (default: %(default)s)"
-    )
-    group.add_argument(
+    add(
         "--lr-warmup-epochs",
         type=not_negative,
         metavar="N",
         help="epochs of rising rate (default: up to 1000 steps of the first)",
     )
-    group.add_argument("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
-    group.add_argument("--momentum", type=fraction, metavar="M", help="of SGD (default: %(default)s)")
-    group.add_argument(
-        "--wd", "--weight-decay", dest="weight_decay", type=fraction, metavar="W", help="default: %(default)s"
-    )
-    group.add_argument(
+    add("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
+    add("--momentum", type=fraction, metavar="M", help="of SGD (default: %(default)s)")
+    add("--wd", "--weight-decay", dest="weight_decay", type=fraction, metavar="W", help="default: %(default)s")
+    add(
         "--accumulate",
         type=positive,
         default=1,
         metavar="N",
         help="batches of a process per step (default: %(default)s)",
     )
-    group.add_argument(
-        "--seed", type=not_negative, default=0, metavar="N", help="of weights, order and augmentation (default: 0)"
+    add(
+        "--seed",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="of initial weights, order and augmentation (default: 0)",
     )
 
 
 def add_speed_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--compile", nargs="?", const="default", choices=COMPILE_MODES, help="with torch.compile, in this mode of its"
-    )
-    group.add_argument("--cache", choices=["ram"], help="hold the training images' files in memory")
+    add = group.add_argument
+    add("--compile", nargs="?", const="default", choices=COMPILE_MODES, help="compile with torch.compile, in this mode")
+    add("--cache", choices=["ram"], help="hold the training images' files in memory")
 
 
 def add_log_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--print-freq", type=positive, default=20, metavar="STEPS", help="steps between lines (default: %(default)s)"
-    )
-    group.add_argument(
+    add = group.add_argument
+    add("--print-freq", type=positive, default=20, metavar="STEPS", help="steps between lines (default: %(default)s)")
+    add(
         "--eval-freq",
         type=not_negative,
         default=1,
         metavar="EPOCHS",
         help="epochs between evaluations, 0: never (default: 1)",
     )
-    group.add_argument(
+    add(
         "--checkpoint-freq",
         type=not_negative,
         default=0,
         metavar="STEPS",
         help="steps between checkpoints (default: every epoch)",
     )
-    group.add_argument(
-        "--keep", type=not_negative, default=1, metavar="N", help="older checkpoints that stay (default: %(default)s)"
-    )
-    group.add_argument(
-        "--resume", metavar="FILE", help="checkpoint to continue from; 'auto': that of --output-dir, if any"
-    )
-    group.add_argument(
-        "--time-limit", type=positive_number, metavar="MINUTES", help="stop then, with a checkpoint to continue from"
-    )
-    group.add_argument("--test-only", action="store_true", help="evaluate --resume or --weights, then exit")
+    add("--keep", type=not_negative, default=1, metavar="N", help="older checkpoints that stay (default: %(default)s)")
+    add("--resume", metavar="FILE", help="checkpoint to continue from; 'auto': that of --output-dir, if any")
+    add("--time-limit", type=positive_number, metavar="MINUTES", help="stop then, with a checkpoint to continue from")
+    add("--test-only", action="store_true", help="evaluate --resume or --weights, then exit")
 
 
 def add_rare_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--weight-init",
         choices=["default", *ssd.WEIGHT_INITS],
         default="default",
-        help="of what SSD adds to a backbone (default: xavier, of SSDlite normal)",
+        help="initialisation of what SSD adds to a backbone (default: xavier, of SSDlite normal)",
     )
-    group.add_argument("--sync-bn", action="store_true", help="batch norm over the batches of all GPUs")
-    group.add_argument(
-        "--norm-weight-decay", type=fraction, metavar="W", help="of batch norm (default: that of all layers)"
-    )
-    group.add_argument(
-        "--max-steps", type=positive, metavar="N", help="stop after this many steps of the whole run, then evaluate"
-    )
-    group.add_argument("--use-deterministic-algorithms", action="store_true", help="the same results again on a GPU")
-    group.add_argument(
-        "--aspect-ratio-group-factor", type=int, metavar="K", help="accepted, without effect: SSD's input is square"
-    )
+    add("--sync-bn", action="store_true", help="batch norm over the batches of all GPUs")
+    add("--norm-weight-decay", type=fraction, metavar="W", help="of batch norm (default: that of all layers)")
+    add("--max-steps", type=positive, metavar="N", help="stop after this many steps of the whole run, then evaluate")
+    add("--use-deterministic-algorithms", action="store_true", help="the same results again on a GPU")
+    add("--aspect-ratio-group-factor", type=int, metavar="K", help="accepted, without effect: SSD's input is square")

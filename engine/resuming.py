@@ -32,7 +32,10 @@ FIXED_FLAGS = (
     "input_scaling",
 )
 # what a checkpoint tells where the flags leave it open: how they do, and what it may be
-TOLD_BY_CHECKPOINT = {"trainable_backbone_layers": (None, range(10)), "input_scaling": ("default", ssd.INPUT_SCALINGS)}
+TOLD_BY_CHECKPOINT = {
+    "trainable_backbone_layers": (None, range(1000)),
+    "input_scaling": ("default", ssd.INPUT_SCALINGS),
+}
 FREE_FLAGS = {"resume", "output_dir", "tuned_for_batch"}  # no change of them is worth a line
 
 

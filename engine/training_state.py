@@ -46,12 +46,12 @@ class TrainingState:
         """Whether the next batch is the last of a step."""
         return self.num_parts + 1 == self.accumulate
 
-    def add_gradients(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Adds those of the loss of a batch, which counts as one of ``accumulate``."""
         self.scaler.scale(loss / self.accumulate).backward()
         self.num_parts += 1
 
-    def update(self) -> Tensor:
+    def optimizer_step(self) -> Tensor:
         """One step down the gradients; with fp16 none, where they overflow.
 
         Returns:

@@ -25,7 +25,7 @@ def list_models() -> list[str]:
 def get_model(name: str, **config) -> SSD:
     """A member of the family, as ``torchvision.models.get_model`` makes one.
 
-    ``get_model("ssd300_vgg16", weights="SSD300_VGG16_Weights.COCO_V1")`` has 25.1 mAP on COCO val2017.
+    ``get_model("ssd300_vgg16", weights="SSD300_VGG16_Weights.COCO_V1")`` is published with 25.1 mAP on COCO val2017.
 
     Args:
         name: one of ``list_models()``.
@@ -86,12 +86,13 @@ def build(
     content = None
     if weights is not None:
         content, weights_backbone = load_weights(weights), None
-    scaling = choose_scaling(input_scaling, backbone, weights_backbone, content, weights)
     init = WEIGHT_INITS[backbone.weight_init if weight_init == "default" else weight_init]
+    features = backbone.make(weights_backbone, size=size, trainable_layers=trainable_backbone_layers, init=init)
+    scaling = choose_scaling(input_scaling, backbone, weights_backbone, content, weights)
     if num_classes is None:
         num_classes = NUM_COCO_CLASSES if content is None else count_classes(content["model"], weights)
     model = SSD(
-        backbone.make(weights_backbone, size=size, trainable_layers=trainable_backbone_layers, init=init),
+        features,
         backbone.default_boxes.get(size),
         size,
         num_classes,

@@ -22,7 +22,7 @@ MOMENTS = {
     "start": (train, "make_model"),
     "batch": (train.BatchLosses, "forward"),
     "loss": (ssd.SSD, "compute_loss"),
-    "step": (TrainingState, "update"),
+    "step": (TrainingState, "optimizer_step"),
     "save": (ssd, "save_file"),
     "detect": (inference, "predict"),
     "score": (inference, "score"),

@@ -12,7 +12,7 @@ import ssd
 import train
 import utils
 from coco import scoring
-from engine import checkpoints, optimization
+from engine import checkpoints, optimization, summary
 from tests.conftest import SMALL
 
 NUM_HEAD_TENSORS = 12  # of the classification head: weights and biases for six feature maps
@@ -114,7 +114,7 @@ def test_a_state_dict_is_evaluated_with_the_scaling_that_is_named(data_path, tmp
     for scaling in ("imagenet", "caffe"):
         arguments = ["--test-only", "--weights", tmp_path / "seven.pth", "--model", "ssd300_resnet18", *flags]
         arguments += ["--input-scaling", scaling, "--output-dir", tmp_path / scaling]
-        train.test_only(train.parse_args([str(part) for part in arguments]))
+        evaluate.evaluate_as_trained(train.parse_args([str(part) for part in arguments]))
         found.append((tmp_path / scaling / "detections.json").read_text())
     assert found[0] != found[1]
 
@@ -198,12 +198,13 @@ def test_weight_decay_of_batch_norm_through_training_and_resume(train_steps):
 
 def test_flags_for_batch_norm_say_where_there_is_none(capsys):
     args = train.parse_args(["--norm-weight-decay", "0", "--sync-bn"])
-    args.input_scaling = "caffe"
+    args.world_size = 1
     model = ssd.get_model("ssd300_vgg11", weights_backbone=None)
-    lines = list(train.describe_model(args, model))
-    assert lines[1:] == [
+    lines = list(summary.describe_flags(vars(args), args.lr, has_norm=False))
+    assert lines[:-1] == [
         f"{flag} has no effect: ssd300_vgg16 has no batch norm" for flag in ("--sync-bn", "--norm-weight-decay")
     ]
+    assert list(summary.describe_flags(vars(args), args.lr, has_norm=True)) == lines[-1:]
     assert len(train.make_optimizer(args, model).param_groups[1]["params"]) == 0
 
 

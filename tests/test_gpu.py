@@ -65,9 +65,9 @@ def test_compiled_steps_equal_eager_ones(mode, accumulate):
         state = make_state(batch_losses, accumulate)
         for batch in batches_on_gpu(batch_losses) * 3:
             completes_step = state.completes_step
-            state.add_gradients(batch_losses(batch)["loss"])
+            state.backward(batch_losses(batch)["loss"])
             if completes_step:
-                state.update()
+                state.optimizer_step()
         weights.append(torch.cat([parameter.detach().flatten() for parameter in batch_losses.model.parameters()]))
     initial = torch.cat([parameter.detach().flatten() for parameter in batch_losses_on_gpu().model.parameters()])
     eager, compiled = weights
@@ -102,8 +102,8 @@ def test_a_step_never_makes_the_host_wait(amp, mode):
     def take_steps() -> None:
         for batch in batches:
             torch.compiler.cudagraph_mark_step_begin()
-            state.add_gradients(batch_losses(batch)["loss"])
-            state.update()
+            state.backward(batch_losses(batch)["loss"])
+            state.optimizer_step()
 
     batches = batches_on_gpu(batch_losses)
     take_steps()  # compiles, allocates and records
@@ -151,8 +151,8 @@ def test_a_run_goes_on_in_any_precision(opt, old, new):
     for i, state in enumerate(states):
         if i == 1:
             state.load_state_dict(copy_to_host(states[0].state_dict()))
-        state.add_gradients(sum(parameter.square().sum() for parameter in state.model.parameters()))
-        state.update()
+        state.backward(sum(parameter.square().sum() for parameter in state.model.parameters()))
+        state.optimizer_step()
         torch.cuda.synchronize()
     steps = [one["step"] for one in states[1].optimizer.state.values() if "step" in one]
     assert {(step.device.type, step.item()) for step in steps} == (

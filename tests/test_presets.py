@@ -37,7 +37,8 @@ def test_what_is_drawn_for_the_second_stage_arrives_there(name, monkeypatch):
     drawn, expected_coverage = [], []
     if preset.photometric is not None:
         draw = preset.photometric.draw
-        monkeypatch.setattr(preset.photometric, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+        kind = type(preset.photometric)
+        monkeypatch.setattr(kind, "draw", lambda _, *args: drawn.append(draw(*args)) or drawn[-1])
     resample = presets.T.resample
     monkeypatch.setattr(
         presets.T, "resample", lambda *args: (found := resample(*args), expected_coverage.append(found[1]))[0]

@@ -41,7 +41,9 @@ def built():
             "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
             "scaling": (model.image_mean.flatten().tolist(), model.image_std.flatten().tolist()),
             "init": [weight_init(layer) for layer in new_layers(model)],
-            "augmentation": [(type(one).__name__, vars(one)) for one in (*preset.geometric, preset.photometric) if one],
+            "augmentation": [
+                (type(one).__name__, constants(one)) for one in (*preset.geometric, preset.photometric) if one
+            ],
             "optimizer": (type(optimizer), group.get("momentum"), group.get("nesterov")),
             "weight decay": group["weight_decay"],
             "images per step": args.batch_size * args.world_size * args.accumulate,
@@ -52,6 +54,10 @@ def built():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssd.backbones, "load_state_dict", random_weights)
         yield {name: build(name) for name in presets.RECIPES}
+
+
+def constants(transform) -> dict:
+    return vars(transform) | ({"ranges": transform.RANGES} if hasattr(transform, "RANGES") else {})
 
 
 def new_layers(model: ssd.SSD) -> list[nn.Conv2d]:
@@ -169,10 +175,10 @@ def test_constants_of_the_transforms(built):
     assert flip == {"p": 0.5}
     assert distort["p"] == 0.5
     assert distort["ranges"] == {
-        "brightness": (0.875, 1.125),
-        "contrast": (0.5, 1.5),
-        "saturation": (0.5, 1.5),
-        "hue": (-0.05, 0.05),
+        "brightness": (0.875, 1.0, 1.125),
+        "contrast": (0.5, 1.0, 1.5),
+        "saturation": (0.5, 1.0, 1.5),
+        "hue": (-0.05, 0.0, 0.05),
     }
     (_, zoom_out), (_, crop), (_, flip), (_, distort) = built["caffe"]["augmentation"]
     assert zoom_out == {"max_ratio": 4.0, "p": 0.5}
@@ -180,10 +186,10 @@ def test_constants_of_the_transforms(built):
     assert (crop["min_scale"], crop["max_aspect_ratio"], crop["trials"]) == (0.3, 2.0, 50)
     assert (flip, distort["p"]) == ({"p": 0.5}, 0.5)
     assert distort["ranges"] == {
-        "brightness": (-32, 32),
-        "contrast": (0.5, 1.5),
-        "saturation": (0.5, 1.5),
-        "hue": (-0.1, 0.1),
+        "brightness": (-32, 0, 32),
+        "contrast": (0.5, 1.0, 1.5),
+        "saturation": (0.5, 1.0, 1.5),
+        "hue": (-0.1, 0.0, 0.1),
     }
 
 

@@ -256,14 +256,14 @@ def test_a_resumed_run_equals_an_undisturbed_one(data_path, five_steps, tmp_path
 
 def test_checkpoints_within_an_epoch(data_path, five_steps, tmp_path, monkeypatch):
     """A run that dies in its fourth step goes on from the checkpoint after two, and logs no step twice."""
-    update = train.TrainingState.update
+    update = train.TrainingState.optimizer_step
 
     def dies_in_the_fourth(state):
         if state.global_step == 3:
             raise KeyboardInterrupt
         return update(state)
 
-    monkeypatch.setattr(train.TrainingState, "update", dies_in_the_fourth)
+    monkeypatch.setattr(train.TrainingState, "optimizer_step", dies_in_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         train_steps(data_path, tmp_path, "--checkpoint-freq", 2, "--workers", 0, "--print-freq", 1)
     monkeypatch.undo()
@@ -468,7 +468,7 @@ def test_mistakes_in_flags(data_path, tmp_path, flags, message):
     flags = [str(flag).format(data=data_path) for flag in flags]
     args = train.parse_args([*SMALL, "--output-dir", str(tmp_path), "--workers", "0", *flags])
     with pytest.raises(ValueError, match=message):
-        (train.test_only if args.test_only else train.main)(args)
+        (evaluate.evaluate_as_trained if args.test_only else train.main)(args)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from . import charts, pictures
 
 ORDERS = ("first", "worst", "random")
 MIN_SHOWN_SCORE = 0.3
+NUM_INPUTS = 8
 CURVE_THRESHOLDS = 101
 
 
@@ -90,16 +91,15 @@ def draw(annotations: CocoAnnotations, image: ndarray, boxes, category_ids, note
     return pictures.draw_boxes(image, pictures.to_corners(boxes), labels, texts, caption)
 
 
-def draw_inputs(dataset: CocoTrainDataset, preset, number: int) -> Tensor:
+def draw_inputs(dataset: CocoTrainDataset, preset) -> Tensor:
     """The first training images, augmented as the network sees them, with their objects: uint8 [3, H, W].
 
     Args:
         dataset: the training set.
         preset: whose ``on_device`` finishes a batch.
-        number: of images.
     """
     names = {one["label"]: one["name"] for one in dataset.annotations.classes}
-    batch = collate([dataset[0, i] for i in range(min(number, len(dataset)))])
+    batch = collate([dataset[0, i] for i in range(min(NUM_INPUTS, len(dataset)))])
     pixels = preset.on_device(batch).round().byte().permute(0, 2, 3, 1).numpy()
     drawn = []
     for image, boxes, labels in zip(pixels, *split_objects(batch["objects"]), strict=True):

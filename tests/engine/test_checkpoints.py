@@ -54,7 +54,8 @@ def flip_a_byte(path) -> None:
 SAVE_LOOP = """
 import os, sys
 from pathlib import Path
-import checkpoints, torch
+import torch
+from engine import checkpoints
 from tests.engine.test_checkpoints import StateAt
 
 folder = Path(sys.argv[1])

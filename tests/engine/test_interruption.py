@@ -84,14 +84,14 @@ def test_the_time_limit_stops_a_run(data_path, tmp_path, undisturbed, monkeypatc
     """On a clock where a step takes a minute."""
     clock = SimpleNamespace(minutes=0.0)
     clock.monotonic = lambda: 60 * clock.minutes
-    update = train.TrainingState.update
+    update = train.TrainingState.optimizer_step
 
     def slow_update(state):
         clock.minutes += 1
         return update(state)
 
     monkeypatch.setattr(interruption, "time", clock)
-    monkeypatch.setattr(train.TrainingState, "update", slow_update)
+    monkeypatch.setattr(train.TrainingState, "optimizer_step", slow_update)
     for stop in (3, 6):
         flags = ["--resume", "auto", "--time-limit", 2.5, "--epochs", 3, "--max-steps", 7]
         with pytest.raises(Interrupted, match=f"the --time-limit is reached; everything is saved after {stop} steps"):
@@ -275,14 +275,14 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_it_is_saved(d
 
 def test_gradients_that_are_not_finite_stop_a_run(data_path, tmp_path, monkeypatch):
     """Where the loss is finite, as that of a weight that has become infinite after its use."""
-    add_gradients = train.TrainingState.add_gradients
+    backward = train.TrainingState.backward
 
     def spoiled(state, loss):
-        add_gradients(state, loss)
+        backward(state, loss)
         if state.global_step == 2:
             next(state.model.parameters()).grad.fill_(torch.inf)
 
-    monkeypatch.setattr(train.TrainingState, "add_gradients", spoiled)
+    monkeypatch.setattr(train.TrainingState, "backward", spoiled)
     with pytest.raises(FloatingPointError, match=r"step 3: the norm of the gradients is inf, images \[.*_0.pth"):
         train.main(train.parse_args(arguments(data_path, tmp_path, "--checkpoint-freq", 1)))
     assert step_of(load(tmp_path / "checkpoint.pth")) == 2

@@ -28,8 +28,8 @@ def test_gradients_are_added_also_where_they_come_in_the_same_memory():
     for _ in range(2):
         before = model.weight.detach().clone()
         for value in (1.0, 10.0):
-            state.add_gradients((OneBuffer.apply(model.weight) * value).sum())
-        state.update()
+            state.backward((OneBuffer.apply(model.weight) * value).sum())
+        state.optimizer_step()
         torch.testing.assert_close(before - model.weight.detach(), torch.full((1, 3), 11.0))
 
 
@@ -49,8 +49,8 @@ def make_state(opt: str = "sgd", precision: str = "none") -> TrainingState:
 
 def take_steps(state: TrainingState, number: int) -> None:
     for factor in range(1, number + 1):
-        state.add_gradients((state.model.weight * factor).sum())
-        state.update()
+        state.backward((state.model.weight * factor).sum())
+        state.optimizer_step()
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
@@ -76,8 +76,8 @@ def test_a_resumed_run_computes_its_steps_in_its_own_way(opt, old_precision, new
 
 def test_a_step_tells_the_norm_of_its_gradients():
     state = make_state()
-    state.add_gradients((state.model.weight * torch.tensor([[3.0, 0.0, 4.0]])).sum())
-    assert state.update().item() == 5
+    state.backward((state.model.weight * torch.tensor([[3.0, 0.0, 4.0]])).sum())
+    assert state.optimizer_step().item() == 5
 
 
 class Overflowing(torch.nn.Module):
@@ -104,8 +104,8 @@ def test_steps_that_fp16_skips_are_counted(recwarn):
     state = make_fp16_state()
     for overflows in (True, False, True, True, False):
         before = state.model.weight.detach().clone()
-        state.add_gradients(state.model(overflows))
-        assert state.update().isfinite()
+        state.backward(state.model(overflows))
+        assert state.optimizer_step().isfinite()
         assert torch.equal(state.model.weight, before) == overflows
     assert (state.global_step, state.overflows, state.overflows_in_a_row) == (5, 3, 0)
     other = make_fp16_state()
@@ -116,8 +116,8 @@ def test_steps_that_fp16_skips_are_counted(recwarn):
 def test_fp16_gives_up_when_no_step_succeeds():
     state = make_fp16_state()
     for _ in range(49):
-        state.add_gradients(state.model(True))
-        state.update()
-    state.add_gradients(state.model(True))
+        state.backward(state.model(True))
+        state.optimizer_step()
+    state.backward(state.model(True))
     with pytest.raises(FloatingPointError, match=r"gradients of 50 steps in a row, up to step 50.*--amp bf16"):
-        state.update()
+        state.optimizer_step()

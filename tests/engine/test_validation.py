@@ -41,7 +41,7 @@ def validation_lines(output_dir) -> list[dict]:
 def slow_scoring(monkeypatch):
     """Scoring waits for the first step after the evaluation; the APs of a run are 0.5 and then 0.25."""
     steps_on, aps, waited = threading.Event(), [0.5, 0.25, 0.5, 0.25], []
-    score, update = inference.score, TrainingState.update
+    score, update = inference.score, TrainingState.optimizer_step
 
     def slow_score(*arguments):
         scores = score(*arguments)
@@ -57,7 +57,7 @@ def slow_scoring(monkeypatch):
         return gradient_norm
 
     monkeypatch.setattr(inference, "score", slow_score)
-    monkeypatch.setattr(TrainingState, "update", telling_update)
+    monkeypatch.setattr(TrainingState, "optimizer_step", telling_update)
     return waited
 
 
@@ -82,7 +82,7 @@ def test_scoring_goes_on_beside_the_next_epoch(data_path, tmp_path, slow_scoring
 def test_scoring_takes_no_line_from_the_console(data_path, tmp_path, monkeypatch, capsys):
     """Steps that are printed while the other thread is within the scorer."""
     steps_on = threading.Event()
-    make_evaluator, update = scoring.make_evaluator, TrainingState.update
+    make_evaluator, update = scoring.make_evaluator, TrainingState.optimizer_step
 
     def slow_evaluator(*arguments):
         steps_on.wait(timeout=60)
@@ -95,7 +95,7 @@ def test_scoring_takes_no_line_from_the_console(data_path, tmp_path, monkeypatch
         return gradient_norm
 
     monkeypatch.setattr(scoring, "make_evaluator", slow_evaluator)
-    monkeypatch.setattr(TrainingState, "update", telling_update)
+    monkeypatch.setattr(TrainingState, "optimizer_step", telling_update)
     train_epochs(data_path, tmp_path, "--print-freq", 1)
     assert steps_on.is_set()
     assert capsys.readouterr().out.count("Epoch: [") == 2 * STEPS_PER_EPOCH
@@ -120,7 +120,7 @@ def test_checkpoints_wait_for_the_scores(data_path, tmp_path, monkeypatch):
 def test_scores_that_a_crash_prevented_are_made_up_for(data_path, tmp_path, monkeypatch):
     """The run dies in the epoch after an evaluation, whose scores nobody has seen."""
     died = threading.Event()
-    score, update = inference.score, TrainingState.update
+    score, update = inference.score, TrainingState.optimizer_step
 
     def late_score(*arguments):
         died.wait(timeout=60)
@@ -134,7 +134,7 @@ def test_scores_that_a_crash_prevented_are_made_up_for(data_path, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(inference, "score", late_score)
-        patch.setattr(TrainingState, "update", dies_in_the_sixth)
+        patch.setattr(TrainingState, "optimizer_step", dies_in_the_sixth)
         with pytest.raises(KeyboardInterrupt):
             train_epochs(data_path, tmp_path)
     assert validation_lines(tmp_path) == []
