@@ -231,19 +231,24 @@ def test_batch_norm_of_one_value_is_explained(run, data_path, tmp_path):
     ("model", "recipe"),
     [("ssd512_resnet18", "lr_scheme"), ("ssd300_vgg11_bn", "caffe"), ("ssdlite320_mobilenet_v3_large", "ssdlite")],
 )
-def test_members_and_recipes_through_the_scripts(run, data_path, tmp_path, model, recipe):
+def test_members_and_recipes_through_the_scripts(data_path, tmp_path, capsys, model, recipe):
     """Trained, continued and evaluated, with the same figures as those of the run."""
+
+    def run(script, *arguments) -> str:
+        parse = train.parse_args if script is train else evaluate.get_args_parser().parse_args
+        script.main(parse([str(argument) for argument in arguments]))
+        return capsys.readouterr().out
+
     flags = ["--recipe", recipe, "--model", model, "--weights-backbone", "none", "--batch-size", 2, "--workers", 0]
     flags += ["--data-path", data_path, "--output-dir", tmp_path, "--device", "cpu", "--resume", "auto"]
-    run("train.py", *flags, "--max-steps", 1, "--eval-freq", 0)
-    result = run("train.py", *flags, "--max-steps", 2)
-    assert "Continuing after 1 steps" in result.stdout
+    run(train, *flags, "--max-steps", 1, "--eval-freq", 0)
+    assert "Continuing after 1 steps" in run(train, *flags, "--max-steps", 2)
     checkpoint, output_dir = tmp_path / "checkpoint.pth", tmp_path / "evaluation"
     # in the batches of the run, which are computed alike
     flags = ["--data-path", data_path, "--workers", 0, "--device", "cpu", "--batch-size", 2, "--output-dir", output_dir]
-    result = run("evaluate.py", "--checkpoint", checkpoint, *flags)
+    console = run(evaluate, "--checkpoint", checkpoint, *flags)
     metrics = json.loads((tmp_path / "evaluation/metrics.json").read_text())
-    assert scoring.format_table(metrics) in result.stdout
+    assert scoring.format_table(metrics) in console
     in_training = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert {name: metrics[name] for name in scoring.METRICS} == pytest.approx(
         {name: in_training[name] for name in scoring.METRICS}, abs=1e-12

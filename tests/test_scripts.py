@@ -20,7 +20,7 @@ import utils
 from coco import scoring
 from engine import checkpoints, inference
 from tests.conftest import SMALL, infer, pycocotools_stats
-from tests.tiny import TINY
+from tests.tiny import MODEL, TINY
 
 STEPS_PER_EPOCH = 4  # of 3 images; all 12 of the tiny set have boxes
 
@@ -103,12 +103,12 @@ def test_results_do_not_depend_on_the_number_of_processes(run, trained, data_pat
     Each is a batch of its own, for rounding may depend on what else is in a batch; and on the threads of a process.
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as under torchrun
-    for processes in (1, 2, 3):
+    for processes in (1, 3):
         command = [*evaluation_of(trained, data_path, tmp_path / str(processes)), "--val-loss", "--batch-size", 1]
         run(*command, processes=processes)
     for name in ("metrics.json", "detections.json"):
-        one, two, three = ((tmp_path / folder / name).read_text() for folder in "123")
-        assert one == two == three
+        one, three = ((tmp_path / folder / name).read_text() for folder in "13")
+        assert one == three
     assert json.loads((tmp_path / "1/metrics.json").read_text())["loss"]["loss"] > 0
 
 
@@ -357,7 +357,20 @@ def test_two_processes_average_their_gradients(run, data_path, tmp_path):
 def test_fewer_processes_that_accumulate_take_the_same_steps(run, data_path, tmp_path, monkeypatch):
     """As four processes of one image do. Batch norm's averages differ, since there the main process keeps its own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun has it: other sums of rounding errors make other ReLUs
-    command = ["train.py", *SMALL[:-1], 1, "--data-path", data_path, "--eval-freq", 0, "--workers", 0, "--lr", 2.0]
+    command = [
+        "-m",
+        "tests.tiny",
+        *TINY[:-1],
+        1,
+        "--data-path",
+        data_path,
+        "--eval-freq",
+        0,
+        "--workers",
+        0,
+        "--lr",
+        2.0,
+    ]
     models = []
     for processes, flags in ((4, []), (2, ["--accumulate", 2]), (1, ["--accumulate", 4])):
         output_dir = tmp_path / str(processes)
@@ -367,7 +380,7 @@ def test_fewer_processes_that_accumulate_take_the_same_steps(run, data_path, tmp
         models.append(checkpoint["model"])
     four, *fewer = models
     torch.manual_seed(0)
-    initial = train.make_model(train.parse_args(SMALL), torch.device("cpu"), num_classes=7).state_dict()
+    initial = MODEL(num_classes=7).state_dict()
     for name in (name for name in four if "running" not in name and "num_batches" not in name):
         change = (four[name] - initial[name]).abs().max()
         for model in fewer:
