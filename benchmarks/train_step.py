@@ -149,7 +149,7 @@ def make_ours(
                 batch_losses,
                 batches,
                 step_log,
-                check=lambda *step: (divergence.add(0, step[0], step_log.names, *step[1:]), divergence.vote()),
+                check_finite=lambda *step: (divergence.add(0, step[0], step_log.names, *step[1:]), divergence.vote()),
                 after_step=lambda: None,
             )
 

@@ -47,7 +47,7 @@ def trained(run, data_path, tmp_path_factory):
     return output, run(*command, "--output-dir", output).stdout
 
 
-def test_training_writes_what_the_readme_promises(trained):
+def test_training_writes_what_the_docs_promise(trained):
     output, console = trained
     names = {path.name for path in output.iterdir()}
     assert {"checkpoint.pth", "best.pth", "metrics.jsonl", "args.json", "pictures"} <= names
