@@ -150,8 +150,7 @@ def make_dataset(
     args: argparse.Namespace, annotations: coco.CocoAnnotations, images_dir: Path, preset: DetectionPresetTrain
 ) -> CocoTrainDataset:
     files = coco.hold_in_memory(annotations.image_paths(images_dir)) if args.cache == "ram" else None
-    skips = args.on_bad_image == "skip"
-    return CocoTrainDataset(annotations, images_dir, preset, args.seed, skip_bad_images=skips, files=files)
+    return CocoTrainDataset(annotations, images_dir, preset, args.seed, args.on_bad_image == "skip", files)
 
 
 def make_loader(
@@ -173,7 +172,7 @@ def base_lr(args: argparse.Namespace) -> float:
     """The learning rate after the warm-up: ``--lr``, with ``--scale-lr`` in proportion to the images of a step."""
     if not args.scale_lr:
         return args.lr
-    return args.lr * args.batch_size * args.world_size * args.accumulate / args.tuned_for_batch
+    return args.lr * (args.batch_size * args.world_size * args.accumulate) / args.tuned_for_batch
 
 
 def make_optimizer(args: argparse.Namespace, model: ssd.SSD) -> torch.optim.Optimizer:
@@ -206,7 +205,6 @@ def make_batch_losses(
     """The way from a batch to its losses, compiled and distributed as the flags say."""
     batch_losses = BatchLosses(model, preset, execution.make_autocast(device, args.amp))
     if args.compile:
-        utils.print_on_main("Compiling: the first step takes longer, up to minutes")
         execution.compile_whole(batch_losses, args.compile)
     return utils.distribute(batch_losses)
 
@@ -241,6 +239,7 @@ def main(args: argparse.Namespace) -> None:
         state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch, args.accumulate)
 
         latest_step = resuming.begin_or_continue(output_dir, state, found, annotations, len(dataset))
+        del found  # as large as the model and its momenta
         origin = checkpoints.describe_origin(vars(args), annotations, len(dataset))
         saver = Checkpoints(output_dir, args.keep, origin, latest_step)
 
@@ -250,8 +249,10 @@ def main(args: argparse.Namespace) -> None:
             log.info(f"Continuing after {state.global_step} steps")
         elif log.enabled:
             with loading.at_most(args.loader_timeout):
-                log.image("inputs", reports.draw_inputs(dataset, preset), 0)
-
+                samples = [dataset[0, i] for i in range(min(reports.NUM_INPUTS, len(dataset)))]
+            log.image("inputs", reports.draw_inputs(samples, preset, annotations), 0)
+        if args.compile:
+            log.info("Compiling: the first step takes longer, up to minutes")
         batch_losses = make_batch_losses(args, model, preset, device)
         val_dataset = evaluate.make_validation_set(args, model, val_annotations, val_split.images_dir)
         infer = evaluate.make_infer(args, device)
@@ -262,7 +263,8 @@ def main(args: argparse.Namespace) -> None:
         last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
         run = Run(state, last_step, args.eval_freq, args.checkpoint_freq, validation, saver, stopping)
         train(run, batch_losses, sampler, loader, log, args.print_freq)
-    log.finish(f"Done: {state.global_step} steps; everything is in {output_dir} (tensorboard --logdir {output_dir})")
+    folder = args.output_dir
+    log.finish(f"Done: {state.global_step} steps; everything is in {folder} (tensorboard --logdir {folder})")
     utils.cleanup_distributed()
 
 
@@ -290,8 +292,7 @@ if __name__ == "__main__":
     with failures.one_line_errors():
         arguments = parse_args()
         if arguments.check_data:
-            splits = (flags.find_split(arguments, name) for name in ("train", "val"))
-            check_data(*splits, arguments.workers, arguments.loader_timeout)
+            check_data(partial(flags.find_split, arguments), arguments.workers, arguments.loader_timeout)
         elif arguments.test_only:
             evaluate.evaluate_as_trained(arguments)
         else:

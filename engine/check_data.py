@@ -1,6 +1,6 @@
 """``train.py --check-data``: everything that is wrong with a data set, before a run finds out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +28,11 @@ class ImageFaults(Dataset):
         return fault_of_image(self.annotations, self.images_dir, row)
 
 
-def check_data(train: Split, val: Split, workers: int, loader_timeout: float) -> None:
+def check_data(find_split: Callable[[str], Split], workers: int, loader_timeout: float) -> None:
     """Prints a line for each fault of the training and of the validation set.
 
     Args:
-        train, val: their files.
+        find_split: gives the files of ``train`` and of ``val``.
         workers: processes that decode the images.
         loader_timeout: seconds to wait for them.
 
@@ -42,7 +42,7 @@ def check_data(train: Split, val: Split, workers: int, loader_timeout: float) ->
     num_faults = 0
     if utils.started_by_torchrun():
         raise ValueError("--check-data runs in one process: start it with python, and use --workers")
-    for fault in find_faults(train, val, workers, loader_timeout):
+    for fault in find_faults(find_split, workers, loader_timeout):
         print(fault, flush=True)
         num_faults += 1
     if num_faults:
@@ -50,10 +50,11 @@ def check_data(train: Split, val: Split, workers: int, loader_timeout: float) ->
     print("No faults")
 
 
-def find_faults(train: Split, val: Split, workers: int, loader_timeout: float) -> Iterator[str]:
+def find_faults(find_split: Callable[[str], Split], workers: int, loader_timeout: float) -> Iterator[str]:
     """One line for each fault, as they are found; prints what was looked at."""
     checked = []
-    for split in (train, val):
+    for name in ("train", "val"):
+        split = find_split(name)
         try:
             annotations, faults = parse_annotations(split.annotations_file)
         except DataError as error:
@@ -67,7 +68,7 @@ def find_faults(train: Split, val: Split, workers: int, loader_timeout: float) -
         for line in describe(annotations):
             print(line)
         checked.append(annotations)
-        if split is train and not is_object(annotations).any():
+        if name == "train" and not is_object(annotations).any():
             yield f"{annotations.path}: no image has a box to train on"
     if len(checked) == 2:
         train_annotations, val_annotations = checked

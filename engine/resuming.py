@@ -55,7 +55,7 @@ def agree(settings: dict, found: Found) -> dict:
         raise ValueError(f"{found.path}: damaged, or made by another program: it does not tell all of its flags")
     told = {}
     for name, (unset, values) in TOLD_BY_CHECKPOINT.items():
-        if old[name] not in [unset, *values]:
+        if old[name] not in [*values]:
             raise ValueError(f"{found.path}: damaged, or made by another program: it has {flag(name)} {old[name]!r}")
         if settings[name] == unset:
             told[name] = old[name]

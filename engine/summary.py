@@ -51,9 +51,9 @@ def describe_model(model: ssd.SSD, name: str, weights: str | None) -> Iterator[s
 
 def describe_flags(flags: dict, base_lr: float, has_norm: bool) -> Iterator[str]:
     """What has no effect of train.py's ``flags``, by their names in Python, and the learning rate after the warm-up."""
-    for flag, value in (("--sync-bn", flags["sync_bn"]), ("--norm-weight-decay", flags["norm_weight_decay"])):
-        if not has_norm and value is not False and value is not None:
-            yield f"{flag} has no effect: {flags['model']} has no batch norm"
+    asked = {"--sync-bn": flags["sync_bn"], "--norm-weight-decay": flags["norm_weight_decay"] is not None}
+    for flag in (flag for flag, is_given in asked.items() if is_given and not has_norm):
+        yield f"{flag} has no effect: {flags['model']} has no batch norm"
     processes, batch_size, accumulate = (flags[name] for name in ("world_size", "batch_size", "accumulate"))
     batch, recipe_batch = processes * batch_size * accumulate, flags["tuned_for_batch"]
     parts = f"{processes} x {batch_size} images" + (f" x {accumulate}" if accumulate > 1 else "")

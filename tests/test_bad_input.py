@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 
 import pytest
 
@@ -37,8 +38,7 @@ def has_line(text: str, path, fault: str) -> bool:
 def find_faults(*arguments) -> list[str]:
     """What --check-data has to say, in this process."""
     args = train.parse_args([str(argument) for argument in arguments])
-    splits = (find_split(args, name) for name in ("train", "val"))
-    return list(check_data.find_faults(*splits, workers=0, loader_timeout=0))
+    return list(check_data.find_faults(partial(find_split, args), workers=0, loader_timeout=0))
 
 
 def test_check_data_finds_nothing_wrong_with_a_good_set(run, data_path):

@@ -8,7 +8,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from coco import CocoAnnotations, DataError, load_image, scoring
-from coco_utils import CocoTrainDataset, collate, split_objects
+from coco_utils import collate, split_objects
 
 from . import charts, pictures
 
@@ -91,15 +91,16 @@ def draw(annotations: CocoAnnotations, image: ndarray, boxes, category_ids, note
     return pictures.draw_boxes(image, pictures.to_corners(boxes), labels, texts, caption)
 
 
-def draw_inputs(dataset: CocoTrainDataset, preset) -> Tensor:
-    """The first training images, augmented as the network sees them, with their objects: uint8 [3, H, W].
+def draw_inputs(samples: list[dict], preset, annotations: CocoAnnotations) -> Tensor:
+    """Training images, augmented as the network sees them, with their objects: uint8 [3, H, W].
 
     Args:
-        dataset: the training set.
-        preset: whose ``on_device`` finishes a batch.
+        samples: of the training set.
+        preset: whose ``on_device`` finishes a batch of them.
+        annotations: what names the classes.
     """
-    names = {one["label"]: one["name"] for one in dataset.annotations.classes}
-    batch = collate([dataset[0, i] for i in range(min(NUM_INPUTS, len(dataset)))])
+    names = {one["label"]: one["name"] for one in annotations.classes}
+    batch = collate(samples)
     pixels = preset.on_device(batch).round().byte().permute(0, 2, 3, 1).numpy()
     drawn = []
     for image, boxes, labels in zip(pixels, *split_objects(batch["objects"]), strict=True):
