@@ -199,12 +199,11 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[i
     )
 
 
-def make_batch_losses(
-    args: argparse.Namespace, model: ssd.SSD, preset: DetectionPresetTrain, device: torch.device
-) -> nn.Module:
+def make_batch_losses(args: argparse.Namespace, model: ssd.SSD, preset: DetectionPresetTrain, log: RunLog) -> nn.Module:
     """The way from a batch to its losses, compiled and distributed as the flags say."""
-    batch_losses = BatchLosses(model, preset, execution.make_autocast(device, args.amp))
+    batch_losses = BatchLosses(model, preset, execution.make_autocast(model.default_boxes.device, args.amp))
     if args.compile:
+        log.info("Compiling: the first step takes longer, up to minutes")
         execution.compile_whole(batch_losses, args.compile)
     return utils.distribute(batch_losses)
 
@@ -251,9 +250,7 @@ def main(args: argparse.Namespace) -> None:
             with loading.at_most(args.loader_timeout):
                 samples = [dataset[0, i] for i in range(min(reports.NUM_INPUTS, len(dataset)))]
             log.image("inputs", reports.draw_inputs(samples, preset, annotations), 0)
-        if args.compile:
-            log.info("Compiling: the first step takes longer, up to minutes")
-        batch_losses = make_batch_losses(args, model, preset, device)
+        batch_losses = make_batch_losses(args, model, preset, log)
         val_dataset = evaluate.make_validation_set(args, model, val_annotations, val_split.images_dir)
         infer = evaluate.make_infer(args, device)
         # detects after an epoch, scores in a thread beside the next, and then saves best.pth

@@ -21,10 +21,10 @@ PARSERS = {"train.py": train.get_args_parser(), "evaluate.py": evaluate.get_args
 WINGS = ("ssd", "coco", "engine", "view")
 ALLOWED_IMPORTS = {
     **{place: set() for place in ("ssd", "transforms", "utils")},
-    "coco": {"ssd", "transforms", "utils"},
+    "coco": {"utils"},
     "coco_utils": {"coco"},
-    "view": {"coco_utils", "coco", "ssd", "transforms", "utils"},
-    "engine": {"view", "coco_utils", "coco", "ssd", "transforms", "utils"},
+    "view": {"coco_utils", "coco"},
+    "engine": {"view", "coco_utils", "coco", "ssd", "utils"},
     "presets": {"transforms"},
     "evaluate": {"presets", "engine", "view", "coco_utils", "coco", "ssd", "utils"},
     "train": {"evaluate", "presets", "engine", "view", "coco_utils", "coco", "ssd", "utils"},
