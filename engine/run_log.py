@@ -55,6 +55,7 @@ class RunLog:
         """Begins a log, or continues it: what was logged of a kind after its step in ``last_steps`` is dropped."""
         self.enabled = utils.is_main()
         self.output_dir = output_dir
+        self.path = output_dir / "metrics.jsonl"
         self.live_line = LiveLine()
         self.faults: set[str] = set()  # what was wrong with samples that were skipped
         self.num_skipped = 0  # samples, of all processes
@@ -63,12 +64,10 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             output_dir.mkdir(parents=True, exist_ok=True)
-            path = output_dir / "metrics.jsonl"
-            for record in keep_earlier_records(path, last_steps or {}):
+            for record in keep_earlier_records(self.path, last_steps or {}):
                 if record["kind"] == "skipped":
                     self.num_skipped = record["samples"]
                     self.faults |= set(record["faults"])
-            self.json_lines = open(path, "a")  # noqa: SIM115
             last_step = max((last_steps or {}).values(), default=0)
             self.tensorboard = SummaryWriter(str(output_dir), purge_step=last_step + 1 if last_step else None)
 
@@ -84,6 +83,11 @@ class RunLog:
             self.live_line.clear()
             say(text)
 
+    def record(self, record: dict) -> None:
+        """Adds a line to metrics.jsonl, which is open no longer than that: a run that fails leaves nothing open."""
+        with self.path.open("a") as file:
+            print(json.dumps(record), file=file)
+
     def live(self, text: str) -> None:
         if self.enabled:
             self.live_line.show(text)
@@ -98,14 +102,13 @@ class RunLog:
         for fault in new:
             self.info(f"Skipped {fault}")
         if self.enabled:
-            record = {"kind": "skipped", "step": step, "samples": self.num_skipped, "faults": new}
-            print(json.dumps(record), file=self.json_lines, flush=True)
+            self.record({"kind": "skipped", "step": step, "samples": self.num_skipped, "faults": new})
 
     def metrics(self, kind: str, step: int, values: dict[str, float | None], **context) -> None:
         """Logs the numbers of one moment as a line of json and as TensorBoard scalars ``kind/name``."""
         if not self.enabled:
             return
-        print(json.dumps({"kind": kind, **context, "step": step, **values}), file=self.json_lines, flush=True)
+        self.record({"kind": kind, **context, "step": step, **values})
         for name, value in values.items():
             if value is not None:
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -139,7 +142,6 @@ class RunLog:
     def close(self) -> None:
         if self.enabled:
             self.live_line.clear()
-            self.json_lines.close()
             self.tensorboard.close()
 
 

@@ -1,3 +1,4 @@
+import gc
 import json
 
 import torch
@@ -42,6 +43,15 @@ def test_a_continued_log_drops_what_came_later_and_what_a_crash_cut(tmp_path):
     log.close()
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [{"kind": "train", "step": 2}, {"kind": "train", "step": 4, "loss": 0.5}]
+
+
+def test_a_log_that_an_error_leaves_has_everything_and_no_file_open(tmp_path, recwarn):
+    log = RunLog(tmp_path)
+    log.metrics("train", 4, {"loss": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 0.5
+    del log
+    gc.collect()
+    assert not [warning.message for warning in recwarn if str(tmp_path) in str(warning.message)]
 
 
 def test_watch_yields_everything_and_counts_the_wait(tmp_path):

@@ -9,7 +9,8 @@ import torch
 from tests.conftest import ROOT
 from view import charts
 
-pytestmark = pytest.mark.filterwarnings("error")
+# Of files that other tests left open this one would learn by chance.
+pytestmark = pytest.mark.filterwarnings("error", "default::ResourceWarning")
 
 RECALLS = np.linspace(0, 1, 101)
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
