@@ -205,6 +205,15 @@ def test_flags_of_a_checkpoint_that_make_no_sense(train_to, tmp_path, first_step
         train_to(2, tmp_path, "--workers", 0, "--resume", tmp_path / "odd.pth")
 
 
+@pytest.mark.parametrize("name", ["model", "momentum", "world_size", "accumulate"])
+def test_a_checkpoint_that_lacks_a_flag(train_to, tmp_path, first_step, name):
+    content = load(first_step)
+    del content["args"][name]
+    ssd.save_file(content, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"odd\.pth: damaged, or made by another program: it does not tell"):
+        train_to(2, tmp_path, "--workers", 0, "--resume", tmp_path / "odd.pth")
+
+
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_and_set_aside(train_to, tmp_path, capsys):
     expected = tmp_path / "whole"
     train_to(4, expected, "--workers", 0)

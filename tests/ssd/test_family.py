@@ -31,6 +31,11 @@ def make(name: str, **settings) -> ssd.SSD:
     return ssd.get_model(name, **{"weights_backbone": None, "num_classes": NUM_CLASSES, **settings})
 
 
+def test_a_name_that_no_model_has():
+    with pytest.raises(ValueError, match=r"there is no model 'ssd300_VGG16'; .* ssd300_vgg16, "):
+        make("ssd300_VGG16")
+
+
 def torchvision_vgg(name: str) -> torchvision_ssd.SSD:
     """The same member, put together from torchvision's parts.
 
