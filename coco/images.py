@@ -28,7 +28,8 @@ def open_image(file: Path | io.BytesIO, where: str) -> Iterator[Image.Image]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=["JPEG", "PNG"])
             if image.format == "PNG":  # whose checksums Pillow looks at only when it is asked to
-                image.verify()
+                with image:
+                    image.verify()
                 image = Image.open(file, formats=["PNG"])
         with image:
             yield image

@@ -26,6 +26,7 @@ SIGNALS_OF_THE_RUN = {
 # of glibc's mallopt(3), and the highest threshold that all its versions accept
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 32 * 2**20
+SECONDS_FOR_A_THREAD = 5  # to end once its loader has
 
 
 class LoaderTimeoutError(ValueError):
@@ -43,14 +44,20 @@ class Loader(DataLoader):
         self.patience = patience
 
     def __iter__(self) -> Iterator:
+        threads = set(threading.enumerate())
         with at_most(self.patience):
             iterator = super().__iter__()
+        threads = set(threading.enumerate()) - threads
         while True:
             with at_most(self.patience), lost_workers_named():
                 batch = next(iterator, None)
             if batch is None:
-                return
+                break
             yield batch
+        if not self.persistent_workers:
+            del iterator
+            for thread in threads:  # one that exits with the process as it frees a semaphore makes Python report a leak
+                thread.join(SECONDS_FOR_A_THREAD)
 
 
 def make_loader(dataset: Dataset, workers: int, patience: float, *, pin_memory: bool = False, **settings) -> DataLoader:

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,21 @@ class Slow(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> int:
         time.sleep(self.seconds[index])
         return index
+
+
+def test_threads_end_with_their_loader(monkeypatch):
+    """Else the process could end while one of them frees a semaphore, and Python would warn that it was leaked."""
+
+    def close_slowly(end_of_pipe: Connection) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+        close(end_of_pipe)
+
+    close = Connection.close
+    monkeypatch.setattr(Connection, "close", close_slowly)
+    threads = threading.enumerate()
+    assert list(loading.make_loader(Slow([0.0] * 3), 2, patience=60, batch_size=None)) == [0, 1, 2]
+    assert threading.enumerate() == threads
 
 
 def test_a_worker_that_dies_before_its_batch_is_fetched_is_named():
