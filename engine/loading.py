@@ -26,7 +26,6 @@ SIGNALS_OF_THE_RUN = {
 # of glibc's mallopt(3), and the highest threshold that all its versions accept
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 32 * 2**20
-SECONDS_FOR_A_THREAD = 5  # to end once its loader has
 
 
 class LoaderTimeoutError(ValueError):
@@ -44,20 +43,14 @@ class Loader(DataLoader):
         self.patience = patience
 
     def __iter__(self) -> Iterator:
-        threads = set(threading.enumerate())
         with at_most(self.patience):
             iterator = super().__iter__()
-        threads = set(threading.enumerate()) - threads
         while True:
             with at_most(self.patience), lost_workers_named():
                 batch = next(iterator, None)
             if batch is None:
-                break
+                return
             yield batch
-        if not self.persistent_workers:
-            del iterator
-            for thread in threads:  # one that exits with the process as it frees a semaphore makes Python report a leak
-                thread.join(SECONDS_FOR_A_THREAD)
 
 
 def make_loader(dataset: Dataset, workers: int, patience: float, *, pin_memory: bool = False, **settings) -> DataLoader:
@@ -90,11 +83,26 @@ def start_fork_server() -> None:
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_RUN)
     try:
-        resource_tracker.ensure_running()
+        start_resource_tracker()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_RUN)  # some of which the tracker's start unblocks
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def start_resource_tracker() -> None:
+    """Starts, unless it runs, Python's process that frees what others leave behind, and lets it do so in silence.
+
+    It would warn of a few semaphores wherever a run ends early: below the line that says why.
+    """
+    earlier = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (earlier, "ignore:resource_tracker")))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if earlier is not None:
+            os.environ["PYTHONWARNINGS"] = earlier
 
 
 def begin_worker(worker_id: int) -> None:

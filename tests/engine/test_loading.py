@@ -6,9 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -54,19 +52,23 @@ class Slow(torch.utils.data.Dataset):
         return index
 
 
-def test_threads_end_with_their_loader(monkeypatch):
-    """Else the process could end while one of them frees a semaphore, and Python would warn that it was leaked."""
-
-    def close_slowly(end_of_pipe: Connection) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.5)
-        close(end_of_pipe)
-
-    close = Connection.close
-    monkeypatch.setattr(Connection, "close", close_slowly)
-    threads = threading.enumerate()
-    assert list(loading.make_loader(Slow([0.0] * 3), 2, patience=60, batch_size=None)) == [0, 1, 2]
-    assert threading.enumerate() == threads
+@pytest.mark.parametrize("warnings", [None, "default", "always,ignore::DeprecationWarning"])
+def test_what_a_run_that_ends_early_leaves_behind_is_freed_in_silence(warnings):
+    code = """if True:
+        import multiprocessing, os
+        from engine import loading
+        loading.start_fork_server()
+        semaphore = multiprocessing.get_context("forkserver").Semaphore()
+        print(semaphore._semlock.name, os.environ.get("PYTHONWARNINGS"), flush=True)
+        os._exit(1)
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    environment |= {"PYTHONWARNINGS": warnings} if warnings else {}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    name, kept = result.stdout.split()
+    assert kept == str(warnings)
+    assert "resource_tracker" not in result.stderr
+    assert not Path("/dev/shm", "sem." + name[1:]).exists()
 
 
 def test_a_worker_that_dies_before_its_batch_is_fetched_is_named():
