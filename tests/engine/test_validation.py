@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -35,6 +36,16 @@ def train_epochs(data_path, output_dir, *flags) -> dict:
 def validation_lines(output_dir) -> list[dict]:
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "val"]
+
+
+def after(event: threading.Event, function: Callable) -> Callable:
+    """The function, which first waits for the event, for a minute at most."""
+
+    def waiting(*arguments):
+        event.wait(timeout=60)
+        return function(*arguments)
+
+    return waiting
 
 
 @pytest.fixture
@@ -82,11 +93,7 @@ def test_scoring_goes_on_beside_the_next_epoch(data_path, tmp_path, slow_scoring
 def test_scoring_takes_no_line_from_the_console(data_path, tmp_path, monkeypatch, capsys):
     """Steps that are printed while the other thread is within the scorer."""
     steps_on = threading.Event()
-    make_evaluator, update = scoring.make_evaluator, TrainingState.optimizer_step
-
-    def slow_evaluator(*arguments):
-        steps_on.wait(timeout=60)
-        return make_evaluator(*arguments)
+    update = TrainingState.optimizer_step
 
     def telling_update(state):
         gradient_norm = update(state)
@@ -94,7 +101,7 @@ def test_scoring_takes_no_line_from_the_console(data_path, tmp_path, monkeypatch
             steps_on.set()
         return gradient_norm
 
-    monkeypatch.setattr(scoring, "make_evaluator", slow_evaluator)
+    monkeypatch.setattr(scoring, "make_evaluator", after(steps_on, scoring.make_evaluator))
     monkeypatch.setattr(TrainingState, "optimizer_step", telling_update)
     train_epochs(data_path, tmp_path, "--print-freq", 1)
     assert steps_on.is_set()
@@ -120,11 +127,7 @@ def test_checkpoints_wait_for_the_scores(data_path, tmp_path, monkeypatch):
 def test_scores_that_a_crash_prevented_are_made_up_for(data_path, tmp_path, monkeypatch):
     """The run dies in the epoch after an evaluation, whose scores nobody has seen."""
     died = threading.Event()
-    score, update = inference.score, TrainingState.optimizer_step
-
-    def late_score(*arguments):
-        died.wait(timeout=60)
-        return score(*arguments)
+    update = TrainingState.optimizer_step
 
     def dies_in_the_sixth(state):
         if state.global_step == STEPS_PER_EPOCH + 1:
@@ -133,7 +136,7 @@ def test_scores_that_a_crash_prevented_are_made_up_for(data_path, tmp_path, monk
         return update(state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(inference, "score", late_score)
+        patch.setattr(inference, "score", after(died, inference.score))
         patch.setattr(TrainingState, "optimizer_step", dies_in_the_sixth)
         with pytest.raises(KeyboardInterrupt):
             train_epochs(data_path, tmp_path)
