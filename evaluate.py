@@ -19,14 +19,21 @@ from pathlib import Path
 
 import torch
 
+import coco
 import ssd
 import utils
-from coco import CocoAnnotations, scoring
+from coco import CocoAnnotations, Split, scoring
 from coco_utils import CocoEvalDataset
 from engine import checkpoints, execution, failures, flags, inference
 from engine.inference import Inference
 from presets import DetectionPresetEval
 from view import own_images, reports
+
+
+def find_split(args: argparse.Namespace, name: str) -> Split:
+    """The files of the split ``train`` or ``val`` that the flags name."""
+    images, annotations = getattr(args, f"{name}_images"), getattr(args, f"{name}_annotations")
+    return coco.find_split(name, args.dataset, args.data_path, images, annotations)
 
 
 def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD, list[dict] | None]:
@@ -57,7 +64,7 @@ def make_infer(args: argparse.Namespace, device: torch.device) -> Callable[..., 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Scores ``--checkpoint`` or ``--detections`` on the validation set."""
-    split = flags.find_split(args, "val")
+    split = find_split(args, "val")
     needs_images = args.checkpoint is not None or args.pictures > 0
     annotations = split.open(Path(args.output_dir) / "annotations", needs_images)
     if args.detections is None:

@@ -218,7 +218,7 @@ def main(args: argparse.Namespace) -> None:
         torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
         torch.backends.cudnn.benchmark = not args.use_deterministic_algorithms
 
-        train_split, val_split = (flags.find_split(args, name) for name in ("train", "val"))
+        train_split, val_split = (evaluate.find_split(args, name) for name in ("train", "val"))
         annotations, val_annotations = (split.open(output_dir / "annotations") for split in (train_split, val_split))
         coco.check_same_classes(annotations.classes, annotations.path, val_annotations)
         found = checkpoints.find_checkpoint(args.resume, output_dir)
@@ -289,7 +289,7 @@ if __name__ == "__main__":
     with failures.one_line_errors():
         arguments = parse_args()
         if arguments.check_data:
-            check_data(partial(flags.find_split, arguments), arguments.workers, arguments.loader_timeout)
+            check_data(partial(evaluate.find_split, arguments), arguments.workers, arguments.loader_timeout)
         elif arguments.test_only:
             evaluate.evaluate_as_trained(arguments)
         else:

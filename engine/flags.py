@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-import coco
 import ssd
-from coco import Split
 
 from .execution import AMP_DTYPES
 
@@ -56,12 +54,6 @@ def device_name(text: str) -> str:
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no device of PyTorch") from None
     return text
-
-
-def find_split(args: argparse.Namespace, name: str) -> Split:
-    """The files of the split ``train`` or ``val`` that the flags name."""
-    images, annotations = getattr(args, f"{name}_images"), getattr(args, f"{name}_annotations")
-    return coco.find_split(name, args.dataset, args.data_path, images, annotations)
 
 
 def add_recipe(parser: argparse.ArgumentParser, names: Iterable[str], default: str) -> None:

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 
+import evaluate
 import ssd
 import train
 from engine import check_data
-from engine.flags import find_split
 from tests.conftest import SMALL
 from tests.tiny import MODEL, TINY
 
@@ -38,7 +38,7 @@ def has_line(text: str, path, fault: str) -> bool:
 def find_faults(*arguments) -> list[str]:
     """What --check-data has to say, in this process."""
     args = train.parse_args([str(argument) for argument in arguments])
-    return list(check_data.find_faults(partial(find_split, args), workers=0, loader_timeout=0))
+    return list(check_data.find_faults(partial(evaluate.find_split, args), workers=0, loader_timeout=0))
 
 
 def test_check_data_finds_nothing_wrong_with_a_good_set(run, data_path):
