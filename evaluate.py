@@ -30,10 +30,10 @@ from presets import DetectionPresetEval
 from view import own_images, reports
 
 
-def find_split(args: argparse.Namespace, name: str) -> Split:
-    """The files of the split ``train`` or ``val`` that the flags name."""
-    images, annotations = getattr(args, f"{name}_images"), getattr(args, f"{name}_annotations")
-    return coco.find_split(name, args.dataset, args.data_path, images, annotations)
+def find_splits(args: argparse.Namespace, *names: str) -> dict[str, Split]:
+    """The files of the splits ``train`` and ``val`` that the flags name."""
+    files = {name: (getattr(args, f"{name}_images"), getattr(args, f"{name}_annotations")) for name in names}
+    return coco.find_splits(args.dataset, args.data_path, files, args.val_fraction)
 
 
 def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD, list[dict] | None]:
@@ -64,12 +64,13 @@ def make_infer(args: argparse.Namespace, device: torch.device) -> Callable[..., 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Scores ``--checkpoint`` or ``--detections`` on the validation set."""
-    split = find_split(args, "val")
+    split = find_splits(args, "val")["val"]
     needs_images = args.checkpoint is not None or args.pictures > 0
-    annotations = split.open(Path(args.output_dir) / "annotations", needs_images)
+    index_dir = Path(args.output_dir) / "annotations"
+    annotations = split.open(index_dir, needs_images, needs_annotations=args.checkpoint is None)
     if args.detections is None:
         model, classes = open_model(args, device)
-        checkpoints.check_knows(model, classes, args.checkpoint, annotations)
+        annotations = checkpoints.check_knows(model, classes, args.checkpoint, annotations)
         utils.print_on_main(f"Evaluating {args.checkpoint} on {len(annotations.image_ids)} images ({annotations.path})")
         dataset = make_validation_set(args, model, annotations, split.images_dir)
         found = make_infer(args, device)(model, dataset, annotations.category_id_of)
@@ -85,13 +86,19 @@ def read_detections(args: argparse.Namespace, annotations: CocoAnnotations) -> I
         raise ValueError("--val-loss needs a model: give --checkpoint instead of --detections")
     if not utils.is_main():
         return None
-    detections = scoring.read_results(args.detections, annotations)
+    detections, notes = scoring.read_results(args.detections, annotations)
+    for note in notes:
+        print(note)
     print(f"Scoring {len(detections)} detections ({args.detections}) on {annotations.path}")
     return Inference(annotations.image_ids, detections, losses=None, faults=[])
 
 
 def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: Path, found: Inference) -> None:
     """Scores, prints, and writes ``--output-dir``."""
+    if not annotations.has_annotations:
+        scoring.write_results(Path(args.output_dir) / "detections.json", found.detections)
+        print(f"{annotations.path} has no annotations: nothing to score; the detections are in {args.output_dir}")
+        return
     start = time.perf_counter()
     scores = inference.score(annotations, found, args.scorer)
     print(inference.describe(found, scores.metrics, time.perf_counter() - start))

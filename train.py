@@ -218,8 +218,9 @@ def main(args: argparse.Namespace) -> None:
         torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
         torch.backends.cudnn.benchmark = not args.use_deterministic_algorithms
 
-        train_split, val_split = (evaluate.find_split(args, name) for name in ("train", "val"))
-        annotations, val_annotations = (split.open(output_dir / "annotations") for split in (train_split, val_split))
+        splits = evaluate.find_splits(args, "train", "val")
+        opened = [split.open(output_dir / "annotations") for split in splits.values()]
+        annotations, val_annotations = coco.agree_on_groups(*opened)
         coco.check_same_classes(annotations.classes, annotations.path, val_annotations)
         found = checkpoints.find_checkpoint(args.resume, output_dir)
         if found is not None:
@@ -227,7 +228,7 @@ def main(args: argparse.Namespace) -> None:
 
         model = make_model(args, device, annotations.num_classes, resumed=found is not None)
         preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
-        dataset = make_dataset(args, annotations, train_split.images_dir, preset)
+        dataset = make_dataset(args, annotations, splits["train"].images_dir, preset)
         sampler = EpochBatchSampler(
             len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size(), args.accumulate
         )
@@ -251,7 +252,7 @@ def main(args: argparse.Namespace) -> None:
                 samples = [dataset[0, i] for i in range(min(reports.NUM_INPUTS, len(dataset)))]
             log.image("inputs", reports.draw_inputs(samples, preset, annotations), 0)
         batch_losses = make_batch_losses(args, model, preset, log)
-        val_dataset = evaluate.make_validation_set(args, model, val_annotations, val_split.images_dir)
+        val_dataset = evaluate.make_validation_set(args, model, val_annotations, splits["val"].images_dir)
         infer = evaluate.make_infer(args, device)
         # detects after an epoch, scores in a thread beside the next, and then saves best.pth
         validation = Validation(state, val_dataset, infer, log, output_dir, saver.save_best)
@@ -289,7 +290,8 @@ if __name__ == "__main__":
     with failures.one_line_errors():
         arguments = parse_args()
         if arguments.check_data:
-            check_data(partial(evaluate.find_split, arguments), arguments.workers, arguments.loader_timeout)
+            splits = evaluate.find_splits(arguments, "train", "val")
+            check_data(splits, arguments.workers, arguments.loader_timeout)
         elif arguments.test_only:
             evaluate.evaluate_as_trained(arguments)
         else:

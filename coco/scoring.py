@@ -14,8 +14,8 @@ import numpy as np
 from numpy import ndarray
 from torch import Tensor
 
-from .annotations import DataError, is_box, is_number
 from .index import CocoAnnotations
+from .rules import DataError, as_integer, is_box, is_number
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -65,8 +65,11 @@ def write_results(path: str | Path, detections: ndarray) -> None:
     Path(path).write_text(json.dumps(results))
 
 
-def read_results(path: str | Path, annotations: CocoAnnotations) -> ndarray:
-    """Reads a file in COCO's results format: an array of detections [N, 7], as ``detections_to_array`` makes it.
+def read_results(path: str | Path, annotations: CocoAnnotations) -> tuple[ndarray, list[str]]:
+    """Reads a file in COCO's results format.
+
+    Returns:
+        An array of detections [N, 7], as ``detections_to_array`` makes it, and notes of what was odd.
 
     Raises:
         DataError: the file is missing, not in the format, or has detections that cannot be of ``annotations``.
@@ -79,15 +82,35 @@ def read_results(path: str | Path, annotations: CocoAnnotations) -> ndarray:
         raise DataError(f"{path}: not a COCO results file: {error}") from None
     if type(results) is not list:
         raise DataError(f"{path}: not a COCO results file, which is a list of detections")
-    image_ids = set(annotations.image_ids.tolist())
+    image_ids, category_ids = set(annotations.image_ids.tolist()), {*annotations.categories, *annotations.groups}
+    num_mended = 0
     for position, result in enumerate(results):
-        if fault := fault_of_result(result, image_ids, annotations):
+        num_mended += mend_ids(result)
+        if fault := fault_of_result(result, image_ids, category_ids, annotations.path):
             raise DataError(f"{path}: the detection at position {position} of the list {fault}")
-    rows = [[one["image_id"], *one["bbox"], one["score"], one["category_id"]] for one in results]
-    return np.array(rows, dtype=np.float64).reshape(-1, 7)
+    notes = (
+        [f"{path}: the ids of {num_mended} detections are texts or floats: taken for integers"] if num_mended else []
+    )
+    of_classes = [one for one in results if one["category_id"] in annotations.categories]
+    if len(of_classes) < len(results):
+        notes.append(
+            f"{path}: {len(results) - len(of_classes)} detections are of categories that only group others: not scored"
+        )
+    rows = [[one["image_id"], *one["bbox"], one["score"], one["category_id"]] for one in of_classes]
+    return np.array(rows, dtype=np.float64).reshape(-1, 7), notes
 
 
-def fault_of_result(result, image_ids: set[int], annotations: CocoAnnotations) -> str:
+def mend_ids(result) -> bool:
+    """Puts integers in the place of ids that stand for one; tells whether there were such."""
+    is_mended = False
+    for key in ("image_id", "category_id"):
+        if type(result) is dict and type(result.get(key)) in (str, float):
+            written, result[key] = result[key], as_integer(result[key])
+            is_mended |= result[key] is not written
+    return is_mended
+
+
+def fault_of_result(result, image_ids: set[int], category_ids: set[int], truth: Path) -> str:
     """What is wrong with an entry of a results file; an empty text if nothing is."""
     if type(result) is not dict:
         return "is no object with image_id, category_id, bbox and score"
@@ -96,9 +119,9 @@ def fault_of_result(result, image_ids: set[int], annotations: CocoAnnotations) -
             return f"has no {key}"
     image_id, category_id, box, score = (result[key] for key in ("image_id", "category_id", "bbox", "score"))
     if type(image_id) is not int or image_id not in image_ids:
-        return f"is of image id {image_id!r}, which {annotations.path} does not list"
-    if type(category_id) is not int or category_id not in annotations.categories:
-        return f"is of category id {category_id!r}, which {annotations.path} does not list"
+        return f"is of image id {image_id!r}, which {truth} does not list"
+    if type(category_id) is not int or category_id not in category_ids:
+        return f"is of category id {category_id!r}, which {truth} does not list"
     if not is_box(box):
         return f"(image id {image_id}) has the bbox {box!r}; expected x, y, width, height, all finite, no negative size"
     if not is_number(score):

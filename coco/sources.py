@@ -1,63 +1,62 @@
-"""Which files a data set consists of, and how its annotations come to all processes."""
+"""A part of a data set, and how its annotations come to all processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import utils
 
-from . import shapes
-from .annotations import read_annotations
-from .index import CocoAnnotations
-
-SHAPES_PATH = "data/shapes"
+from .annotations import Source, parse_annotations, read_annotations
+from .index import CocoAnnotations, HeldOut
+from .rules import DataError
 
 
 @dataclass(frozen=True)
 class Split:
-    """The part of a data set to train or to validate on: a folder of images, and their annotation file."""
+    """What to train or to validate on: a folder of images, and annotations in some format.
 
-    images_dir: Path
-    annotations_file: Path
+    Args:
+        images_dir: the folder; None where nobody needs images.
+        source: the annotations.
+        part: of the images; by default all.
+    """
 
-    def open(self, index_dir: Path, needs_images: bool = True) -> CocoAnnotations:
+    images_dir: Path | None
+    source: Source
+    part: HeldOut | None = None
+
+    def open(self, index_dir: Path, needs_images: bool = True, needs_annotations: bool = True) -> CocoAnnotations:
         """The annotations, whose index in ``index_dir`` all processes share; the main one prints their notes.
 
         Raises:
-            ValueError: there is no such image folder, though it is needed, or the annotations have faults.
+            ValueError: there is no such image folder, or only a list of images, where they are needed; or the
+                annotations have faults.
         """
-        if needs_images and not self.images_dir.is_dir():
-            raise ValueError(f"{self.images_dir}: no such image folder")
-        with utils.main_first():  # so that the file is read once
-            annotations = read_annotations(self.annotations_file, index_dir)
+        if needs_images and not self.has_images():
+            raise DataError(f"{self.images_dir or '--val-images'}: no such image folder")
+        with utils.main_first():  # so that the files are read once
+            images_dir = self.images_dir if needs_images else None
+            annotations = read_annotations(self.source, index_dir, images_dir, self.part)
+        if needs_annotations:
+            self.check_has_annotations(annotations)
         for note in annotations.notes:
             utils.print_on_main(note)
         return annotations
 
+    def parse(self) -> tuple[CocoAnnotations, list[str]]:
+        """The annotations without their faulty entries, and a line for each of those.
 
-def find_split(
-    name: str, dataset: str, data_path: str | None, images: str | None = None, annotations: str | None = None
-) -> Split:
-    """The files of the split ``train`` or ``val``.
+        Raises:
+            DataError: a file cannot be read, or is of another format, or only a list of images.
+        """
+        annotations, faults = parse_annotations(self.source, self.images_dir if self.has_images() else None, self.part)
+        self.check_has_annotations(annotations)
+        return annotations, faults
 
-    Args:
-        name: of the split.
-        dataset: ``coco``, or ``shapes`` for the embedded data set, which is drawn where it is not there yet.
-        data_path: the folder of a data set in COCO's layout; of shapes by default ``SHAPES_PATH``.
-        images, annotations: folder and file, for another layout than COCO's.
+    def has_images(self) -> bool:
+        return self.images_dir is not None and self.images_dir.is_dir()
 
-    Raises:
-        ValueError: neither a data path nor the files of the split are named.
-    """
-    if dataset == "shapes":
-        data_path = data_path or SHAPES_PATH
-        with utils.main_first():
-            shapes.draw_data_set(data_path)
-    if data_path is None and not (images and annotations):
-        raise ValueError(
-            f"--data-path is missing: give the folder of a COCO data set, or --{name}-images and "
-            f"--{name}-annotations; --dataset shapes needs neither"
-        )
-    return Split(
-        Path(images or f"{data_path}/{name}2017"),
-        Path(annotations or f"{data_path}/annotations/instances_{name}2017.json"),
-    )
+    def check_has_annotations(self, annotations: CocoAnnotations) -> None:
+        if not annotations.has_annotations:
+            raise DataError(
+                f"{annotations.path}: has no list of annotations; evaluate.py --checkpoint can detect on its images"
+            )

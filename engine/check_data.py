@@ -1,13 +1,22 @@
 """``train.py --check-data``: everything that is wrong with a data set, before a run finds out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 import utils
-from coco import CocoAnnotations, DataError, Split, check_same_classes, fault_of_image, is_object, parse_annotations
+from coco import (
+    CocoAnnotations,
+    DataError,
+    Split,
+    agree_on_groups,
+    check_same_classes,
+    fault_of_image,
+    is_object,
+    is_turned,
+)
 
 from . import loading, run_log
 
@@ -15,7 +24,7 @@ IMAGES_AT_A_TIME = 8
 
 
 class ImageFaults(Dataset):
-    """What is wrong with each image of the annotations; an empty text if it is good."""
+    """Of each image of the annotations what is wrong, an empty text if it is good, and whether it must be turned."""
 
     def __init__(self, annotations: CocoAnnotations, images_dir: Path):
         self.annotations = annotations
@@ -24,15 +33,17 @@ class ImageFaults(Dataset):
     def __len__(self) -> int:
         return len(self.annotations.image_ids)
 
-    def __getitem__(self, row: int) -> str:
-        return fault_of_image(self.annotations, self.images_dir, row)
+    def __getitem__(self, row: int) -> tuple[str, bool]:
+        image = self.annotations, self.images_dir, row
+        fault = fault_of_image(*image)
+        return fault, not fault and is_turned(*image)
 
 
-def check_data(find_split: Callable[[str], Split], workers: int, loader_timeout: float) -> None:
+def check_data(splits: dict[str, Split], workers: int, loader_timeout: float) -> None:
     """Prints a line for each fault of the training and of the validation set.
 
     Args:
-        find_split: gives the files of ``train`` and of ``val``.
+        splits: ``train`` and ``val``.
         workers: processes that decode the images.
         loader_timeout: seconds to wait for them.
 
@@ -42,7 +53,7 @@ def check_data(find_split: Callable[[str], Split], workers: int, loader_timeout:
     num_faults = 0
     if utils.started_by_torchrun():
         raise ValueError("--check-data runs in one process: start it with python, and use --workers")
-    for fault in find_faults(find_split, workers, loader_timeout):
+    for fault in find_faults(splits, workers, loader_timeout):
         print(fault, flush=True)
         num_faults += 1
     if num_faults:
@@ -50,18 +61,17 @@ def check_data(find_split: Callable[[str], Split], workers: int, loader_timeout:
     print("No faults")
 
 
-def find_faults(find_split: Callable[[str], Split], workers: int, loader_timeout: float) -> Iterator[str]:
+def find_faults(splits: dict[str, Split], workers: int, loader_timeout: float) -> Iterator[str]:
     """One line for each fault, as they are found; prints what was looked at."""
     checked = []
-    for name in ("train", "val"):
-        split = find_split(name)
+    for name, split in splits.items():
         try:
-            annotations, faults = parse_annotations(split.annotations_file)
+            annotations, faults = split.parse()
         except DataError as error:
             yield str(error)
             continue
         yield from faults
-        if split.images_dir.is_dir():
+        if split.has_images():
             yield from faults_of_images(annotations, split.images_dir, workers, loader_timeout)
         else:
             yield f"{split.images_dir}: no such image folder"
@@ -71,8 +81,8 @@ def find_faults(find_split: Callable[[str], Split], workers: int, loader_timeout
         if name == "train" and not is_object(annotations).any():
             yield f"{annotations.path}: no image has a box to train on"
     if len(checked) == 2:
-        train_annotations, val_annotations = checked
         try:
+            train_annotations, val_annotations = agree_on_groups(*checked)
             check_same_classes(train_annotations.classes, train_annotations.path, val_annotations)
         except DataError as error:
             yield str(error)
@@ -81,17 +91,20 @@ def find_faults(find_split: Callable[[str], Split], workers: int, loader_timeout
 def faults_of_images(
     annotations: CocoAnnotations, images_dir: Path, workers: int, loader_timeout: float
 ) -> Iterator[str]:
-    """Decodes every image, with a progress bar."""
+    """Decodes every image, with a progress bar; notes how many are turned."""
     dataset = ImageFaults(annotations, images_dir)
     settings = {"batch_size": IMAGES_AT_A_TIME, "collate_fn": list}
     loader = loading.make_loader(dataset, workers, loader_timeout, **settings)
-    line, done = run_log.LiveLine(), 0
-    for faults in loader:
-        done += len(faults)
+    line, done, num_turned = run_log.LiveLine(), 0, 0
+    for found in loader:
+        done += len(found)
+        num_turned += sum(turned for _, turned in found)
         line.clear()
-        yield from filter(None, faults)
+        yield from (fault for fault, _ in found if fault)
         line.show(f"{images_dir} {run_log.bar(done, len(dataset))}")
     line.clear()
+    if num_turned:
+        print(f"note: {annotations.path}: {num_turned} images are turned as their EXIF data say: these sizes are so")
 
 
 def describe(annotations: CocoAnnotations) -> Iterator[str]:

@@ -217,12 +217,22 @@ def load_model(
     return model, content.get("categories")
 
 
-def check_knows(model: ssd.SSD, classes: list[dict] | None, checkpoint: str, annotations: CocoAnnotations) -> None:
-    """Raises ValueError unless the model of ``checkpoint`` was trained on the classes of ``annotations``."""
+def check_knows(
+    model: ssd.SSD, classes: list[dict] | None, checkpoint: str, annotations: CocoAnnotations
+) -> CocoAnnotations:
+    """The annotations, with the classes of ``checkpoint`` where they leave classes open.
+
+    Raises:
+        ValueError: its model was trained on other classes.
+    """
     if classes is not None:
+        annotations = annotations.with_classes(classes)
         check_same_classes(classes, checkpoint, annotations)
+    if not annotations.categories:
+        raise ValueError(f"{annotations.path}: lists no categories, and {checkpoint} does not tell which it knows")
     if model.num_classes != annotations.num_classes:
         raise ValueError(
             f"{checkpoint}: predicts {model.num_classes} classes (background included), "
             f"but {annotations.path} needs {annotations.num_classes}"
         )
+    return annotations

@@ -48,6 +48,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def proper_fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be more than 0 and less than 1, got {text}")
+    return value
+
+
 def device_name(text: str) -> str:
     try:
         torch.device(text)
@@ -80,9 +87,19 @@ def add_common_flags(groups: Groups) -> None:
         default="coco",
         help="COCO format, or the embedded set of drawn shapes (default: %(default)s)",
     )
-    add("--data-path", metavar="DIR", help="folder with train2017, val2017 and annotations (shapes: data/shapes)")
-    add("--val-images", metavar="DIR", help="image folder, for another layout than COCO's")
-    add("--val-annotations", metavar="FILE", help="annotation file, for another layout than COCO's")
+    add(
+        "--data-path",
+        metavar="DIR",
+        help="folder of COCO, Roboflow, CVAT, Label Studio, YOLO or Pascal VOC (shapes: data/shapes)",
+    )
+    add("--val-images", metavar="DIR", help="image folder, where --data-path does not have it")
+    add("--val-annotations", metavar="FILE", help="annotation file, where --data-path does not have it")
+    add(
+        "--val-fraction",
+        type=proper_fraction,
+        metavar="F",
+        help="of data that come in one: hold this fraction of the images out, to validate on",
+    )
     add(
         "--on-bad-image",
         choices=["raise", "skip"],
@@ -157,8 +174,8 @@ def add_training_flags(groups: Groups, augmentations: Iterable[str]) -> None:
 
 def add_data_flags(group: argparse._ArgumentGroup, augmentations: Iterable[str]) -> None:
     add = group.add_argument
-    add("--train-images", metavar="DIR", help="image folder, for another layout than COCO's")
-    add("--train-annotations", metavar="FILE", help="annotation file, for another layout than COCO's")
+    add("--train-images", metavar="DIR", help="image folder, where --data-path does not have it")
+    add("--train-annotations", metavar="FILE", help="annotation file, where --data-path does not have it")
     add("--data-augmentation", choices=list(augmentations), help="default: %(default)s")
     add("--check-data", action="store_true", help="verify annotations and images, list all faults, exit")
 

@@ -8,31 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy import ndarray
-from PIL.Image import Transpose
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.models.detection import SSD300_VGG16_Weights
 
-from coco import DataError, load_or_skip, open_image, to_pixels
+from coco import SUFFIXES, DataError, load_or_skip, load_upright
 
 from . import pictures, reports
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_NAMED = 10
-ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
-TURNS = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
 
 
 def find_images(path: str | Path, output_dir: Path) -> list[Path]:
-    """The image that ``path`` names, or the JPEG and PNG files of that folder, by name.
+    """The image that ``path`` names, or the images of that folder, by name; hidden files are none.
 
     Raises:
         DataError: there are none, or they are where the pictures for ``output_dir`` will be.
@@ -44,10 +32,14 @@ def find_images(path: str | Path, output_dir: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{path}: no such image or folder")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    found = sorted(file for file in path.iterdir() if is_image(file))
     if not found:
         raise DataError(f"{path}: has no image; looked for {', '.join(SUFFIXES)}")
     return found
+
+
+def is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def class_names(classes: list[dict] | None, num_classes: int) -> dict[int, str]:
@@ -58,20 +50,6 @@ def class_names(classes: list[dict] | None, num_classes: int) -> dict[int, str]:
     if num_classes == len(coco_names):
         return {label: name for label, name in enumerate(coco_names) if name not in ("__background__", "N/A")}
     return {label: f"class {label}" for label in range(1, num_classes)}
-
-
-def load_upright(path: Path) -> ndarray:
-    """Decodes an image file to uint8 [H, W, 4] as a viewer shows it, turned as its EXIF data say, if they can be read.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
-    with open_image(path, str(path)) as image:
-        try:
-            turn = TURNS.get(image.getexif().get(ORIENTATION))
-        except Exception:  # damaged EXIF data raise almost anything, and the image may be good
-            turn = None
-        return to_pixels(image if turn is None else image.transpose(turn), str(path))
 
 
 class ImageFiles(Dataset):

@@ -120,12 +120,14 @@ def test_a_results_file_is_read_as_it_was_written(tmp_path, write):
     a = coco.read_annotations(write([annotation(1)]))
     path = tmp_path / "detections.json"
     path.write_text(json.dumps([GOOD, GOOD | {"image_id": 2, "category_id": 7, "area": 12, "id": 5}]))
-    detections = scoring.read_results(path, a)
+    detections, _ = scoring.read_results(path, a)
     assert detections.tolist() == [[1, 1, 2.5, 3, 4, 0.5, 3], [2, 1, 2.5, 3, 4, 0.5, 7]]
     scoring.write_results(path, detections)
-    assert np.array_equal(scoring.read_results(path, a), detections)
+    found, notes = scoring.read_results(path, a)
+    assert np.array_equal(found, detections)
+    assert notes == []
     path.write_text("[]")
-    assert scoring.read_results(path, a).shape == (0, 7)
+    assert scoring.read_results(path, a)[0].shape == (0, 7)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,10 @@ def test_a_results_file_is_read_as_it_was_written(tmp_path, write):
         ([GOOD, 5], "position 1 of the list is no object"),
         ([{k: v for k, v in GOOD.items() if k != "score"}], "position 0 of the list has no score"),
         ([GOOD | {"image_id": 9}], r"is of image id 9, which .*annotations\.json does not list"),
-        ([GOOD | {"image_id": "1"}], "is of image id '1'"),
+        ([GOOD | {"image_id": "9"}], "is of image id 9, which"),
+        ([GOOD | {"image_id": 1.5}], r"is of image id 1\.5, which"),
+        ([GOOD | {"category_id": "3.0"}], r"is of category id '3\.0', which"),
+        ([GOOD | {"category_id": True}], "is of category id True, which"),
         ([GOOD | {"category_id": 4}], "is of category id 4"),
         ([GOOD | {"category_id": [3]}], r"is of category id \[3\]"),
         ([GOOD | {"bbox": [1, 2, 3]}], r"\(image id 1\) has the bbox \[1, 2, 3\]"),

@@ -1,0 +1,167 @@
+"""Pascal VOC's data sets: a folder with an XML file for each image, and text files that list the images of a set.
+
+Boxes become COCO's: VOC counts pixels from 1 and includes the last, so that its xmin is less by one here. Objects that
+are marked as difficult become crowds, which are not trained on and do not count in COCO's scores.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from .checks import Content
+from .images import SUFFIXES
+from .rules import DataError, as_integer, is_box, is_text
+from .sources import Split
+
+# section 4 of http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html
+CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+LISTS = "ImageSets/Main"
+
+
+@dataclass(frozen=True)
+class VocSets:
+    """Sets of images of VOC folders: pairs of a folder in ``root`` and the name of a set; None for all its images.
+
+    The classes are VOC's, or those that the folders have where these are others.
+    """
+
+    root: Path
+    sets: tuple[tuple[str, str | None], ...]
+
+    @property
+    def path(self) -> Path:
+        folder, name = self.sets[0]
+        return self.root / folder / LISTS / f"{name}.txt" if len(self.sets) == 1 and name else self.root
+
+    def load(self) -> Content:
+        folders = voc_folders(self.root)
+        records = {
+            file: read_record(file) for folder in folders for file in sorted(folder.glob("Annotations/**/*.xml"))
+        }
+        names = class_names(folders, records.values())
+        lists = [self.root / folder / LISTS / f"{name}.txt" for folder, name in self.sets if name]
+        files = [*lists, *(folder / "Annotations" for folder in folders), *records]
+        categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+        content = Content([], categories, [], files, is_voc=True)
+        for folder, name in self.sets:
+            folder = self.root / folder
+            images = image_files(folder / "JPEGImages")
+            for image_name in images_of_set(folder, name):
+                file = folder / "Annotations" / f"{image_name}.xml"
+                record = records.get(file, f"{file}: no such file, though {self.path} lists it")
+                if isinstance(record, str):
+                    content.faults.append(record)
+                else:
+                    image = images.get(image_name, f"{image_name}.jpg")
+                    path = (folder / "JPEGImages" / image).relative_to(self.root)
+                    add_image(content, path.as_posix(), file, record, names)
+        return content
+
+
+def find_splits(root: Path) -> dict[str, Split]:
+    """The splits of a VOCdevkit, of the folder that holds it, or of one folder with VOC's layout.
+
+    Trained on are the sets trainval of all years, validated on is that year's test that has one; without a test the
+    sets train and val. Without sets the data come in one.
+    """
+    if (root / "VOCdevkit").is_dir():
+        root /= "VOCdevkit"
+    folders = [folder.relative_to(root).as_posix() for folder in voc_folders(root)]
+
+    def sets(name: str) -> tuple[tuple[str, str], ...]:
+        return tuple((folder, name) for folder in folders if (root / folder / LISTS / f"{name}.txt").is_file())
+
+    pairs = [(sets("trainval"), sets("test")), (sets("train"), sets("val")), (sets("train"), sets("test"))]
+    for train, val in pairs:
+        if train and val:
+            return {"train": Split(root, VocSets(root, train)), "val": Split(root, VocSets(root, val))}
+    whole = sets("trainval") or sets("default") or tuple((folder, None) for folder in folders)
+    return {"train": Split(root, VocSets(root, whole))} if whole else {}
+
+
+def voc_folders(root: Path) -> list[Path]:
+    """Those with VOC's layout: ``root`` itself, or the years of a VOCdevkit."""
+    candidates = [root, *sorted(root.glob("VOC20*"))]
+    return [folder for folder in candidates if (folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir()]
+
+
+def read_record(file: Path) -> ElementTree.Element | str:
+    """The content of an XML file; a text, what is wrong, if it has none."""
+    try:
+        return ElementTree.parse(file).getroot()
+    except (OSError, ValueError, ElementTree.ParseError) as error:
+        return f"{file}: cannot be read as XML: {error}"
+
+
+def class_names(folders: list[Path], records: Iterable[ElementTree.Element | str]) -> list[str]:
+    """VOC's classes, or those that the objects of folders with other data have."""
+    found = {
+        one.findtext("name", "").strip()
+        for record in records
+        if not isinstance(record, str)
+        for one in record.iter("object")
+    }
+    is_voc = all(folder.name.startswith("VOC20") for folder in folders) and found <= {*CLASSES}
+    return list(CLASSES) if is_voc else sorted(filter(is_text, found))
+
+
+def images_of_set(folder: Path, name: str | None) -> list[str]:
+    """The names, without suffix, of the images of a set; of all that have a record, if it is None."""
+    if name is None:
+        records = folder / "Annotations"
+        return sorted(file.relative_to(records).with_suffix("").as_posix() for file in records.glob("**/*.xml"))
+    path = folder / LISTS / f"{name}.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def image_files(folder: Path) -> dict[str, str]:
+    """The names of the images in a folder, by their names without suffix."""
+    names = (file.relative_to(folder) for file in folder.glob("**/*") if file.suffix.lower() in SUFFIXES)
+    return {name.with_suffix("").as_posix(): name.as_posix() for name in names}
+
+
+def add_image(content: Content, name: str, file: Path, record: ElementTree.Element, names: list[str]) -> None:
+    image_id = 1 + len(content.images)
+    size = {side: as_integer(record.findtext(f"size/{side}", "").strip()) for side in ("width", "height")}
+    content.images.append({"id": image_id, "file_name": name, **size})
+    for number, one in enumerate(record.findall("object"), start=1):
+        try:
+            fields = read_object(one, names)
+        except ValueError as error:
+            content.faults.append(f"{file}: object {number} {error}")
+            continue
+        content.annotations.append({"id": 1 + len(content.annotations), "image_id": image_id, **fields})
+
+
+def read_object(one: ElementTree.Element, names: list[str]) -> dict:
+    """Class, box and difficulty of an object, as COCO has them.
+
+    Raises:
+        ValueError: one of them is missing, or cannot be; the text says which.
+    """
+    name = one.findtext("name", "").strip()
+    if name not in names:
+        raise ValueError(f"has the name {name!r}; it must be a text in one line")
+    corners = []
+    for corner in ("xmin", "ymin", "xmax", "ymax"):
+        text = one.findtext(f"bndbox/{corner}", "").strip()
+        try:
+            corners.append(float(text))
+        except ValueError:
+            raise ValueError(f"has the {corner} {text!r}; it must be a number") from None
+    left, top, right, bottom = corners
+    box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
+    if not is_box(box):
+        raise ValueError(f"has the corners {corners}; they must be finite, and xmax and ymax not before xmin and ymin")
+    difficult = as_integer(one.findtext("difficult", "0").strip() or 0)
+    if difficult not in (0, 1):
+        raise ValueError(f"has difficult {difficult!r}; it must be 0 or 1")
+    return {"category_id": 1 + names.index(name), "bbox": box, "area": box[2] * box[3], "iscrowd": difficult}

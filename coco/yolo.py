@@ -1,0 +1,197 @@
+"""YOLO's data sets: a data.yaml that says where images are, and a text file of boxes beside each of them.
+
+A line of such a file has a class, and the centre, width and height of a box as fractions of the image; with more
+numbers it is a polygon, of which the box around it is taken. An image without such a file has no objects.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from .checks import READING_THREADS, Content
+from .images import SUFFIXES, read_size
+from .rules import DataError, as_integer, is_integer, is_text
+from .sources import Split
+
+VALIDATION_KEYS = ("val", "valid", "validation")
+LARGEST_FRACTION = 1.01  # rounding may go over 1; more is in pixels
+
+
+@dataclass(frozen=True)
+class YoloLabels:
+    """The images that a data.yaml lists under ``key``, with their labels."""
+
+    path: Path
+    key: str
+
+    def load(self) -> Content:
+        settings = read_settings(self.path)
+        names = class_names(settings, self.path)
+        paths = list_images(self.path, settings, self.key)
+        labels = [label_file(path) for path in paths]
+        folders = {file.parent for file in (*paths, *labels)}  # which change when files come and go
+        files = [file for file in (self.path, *folders, *paths, *labels) if file.exists()]
+        categories = [{"id": number, "name": name} for number, name in names.items()]
+        content = Content([], categories, [], sorted(files))
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            sizes = list(pool.map(partial(read_size, is_upright=True), paths))  # as YOLO's programs see them
+        for path, size in zip(paths, sizes, strict=True):
+            if isinstance(size, str):
+                content.faults.append(size)
+            else:
+                add_image(content, path.relative_to(common_folder(paths)), size, label_file(path), names)
+        without = sum(not label.exists() for label in labels)
+        if without:
+            content.notes.append(f"{self.path}: {without} images have no label file: taken as images without objects")
+        return content
+
+
+def find_splits(path: Path) -> dict[str, Split]:
+    """The splits that a data.yaml lists; one alone is the whole data set.
+
+    Raises:
+        DataError: it cannot be read, or its images are not found.
+    """
+    settings = read_settings(path)
+    keys = {"train": "train", "val": next((key for key in VALIDATION_KEYS if settings.get(key)), None)}
+    found = {
+        name: Split(common_folder(list_images(path, settings, key)), YoloLabels(path, key))
+        for name, key in keys.items()
+        if settings.get(key)
+    }
+    return {"train": found["val"]} if found.keys() == {"val"} else found
+
+
+def read_settings(path: Path) -> dict:
+    import yaml  # only who has such a data set needs it
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if type(settings) is not dict:
+        raise DataError(f"{path}: is no data.yaml: it has no keys such as train, val and names")
+    return settings
+
+
+def class_names(settings: dict, path: Path) -> dict[int, str]:
+    """The names of the classes by number, which YOLO's files give as a list or by number."""
+    names = settings.get("names")
+    if type(names) is list:
+        names = dict(enumerate(names))
+    if type(names) is not dict or not names:
+        raise DataError(f"{path}: has no list of names of the classes")
+    names = {as_integer(number): str(name) for number, name in names.items()}
+    for number, name in names.items():
+        if not (is_integer(number) and is_text(name)):
+            raise DataError(
+                f"{path}: names has {number!r}: {name!r}; it must give each class number a text in one line"
+            )
+    return names
+
+
+def list_images(path: Path, settings: dict, key: str) -> list[Path]:
+    """The image files that a data.yaml lists under ``key``: of folders, and of text files with a name in each line.
+
+    Raises:
+        DataError: a place is missing, or there are no images.
+    """
+    places = settings[key] if type(settings[key]) is list else [settings[key]]
+    found = []
+    for place in places:
+        where = find_place(path.parent, settings.get("path"), str(place))
+        if where is None:
+            raise DataError(f"{path}: {key} {place!r} is not there, be it from {path.parent} or from its path")
+        found += sorted(images_in(where)) if where.is_dir() else images_listed(where)
+    if not found:
+        raise DataError(f"{path}: {key} {settings[key]!r} holds no images")
+    return list(dict.fromkeys(found))
+
+
+def find_place(root: Path, base, place: str) -> Path | None:
+    """Where a place of a data.yaml is, which may have been written on another machine or for another folder.
+
+    From its ``path`` or from the folder itself; else what of its end is there in the folder.
+    """
+    parts = [part for part in Path(place.replace("\\", "/")).parts if part not in ("..", "/")]
+    candidates = [root / str(base or "") / place, root / place]
+    candidates += [root.joinpath(*parts[start:]) for start in range(len(parts))]
+    return next((Path(os.path.normpath(one)) for one in candidates if one.exists()), None)
+
+
+def images_in(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if is_image_name(name))
+
+
+def images_listed(file: Path) -> list[Path]:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [Path(os.path.normpath(file.parent / line.strip())) for line in lines if line.strip()]
+
+
+def is_image_name(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+
+
+def common_folder(paths: list[Path]) -> Path:
+    return Path(os.path.commonpath([path.parent for path in paths]))
+
+
+def label_file(image: Path) -> Path:
+    """In the folder ``labels`` that stands beside the last ``images`` of the path, else beside the image."""
+    parts = list(image.parts)
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def add_image(content: Content, name: Path, size: tuple[int, int], label: Path, names: dict[int, str]) -> None:
+    width, height = size
+    image_id = 1 + len(content.images)
+    content.images.append({"id": image_id, "file_name": name.as_posix(), "width": width, "height": height})
+    try:
+        lines = label.read_text(encoding="utf-8").splitlines() if label.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        content.faults.append(f"{label}: cannot be read: {error}")
+        return
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            class_number, box = parse_line(line, names)
+        except ValueError as error:
+            content.faults.append(f"{label}: line {number}: {error}")
+            continue
+        x, y, w, h = (value * side for value, side in zip(box, (width, height, width, height), strict=True))
+        one = {"id": 1 + len(content.annotations), "image_id": image_id, "category_id": class_number}
+        content.annotations.append(one | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+
+
+def parse_line(line: str, names: dict[int, str]) -> tuple[int, tuple[float, float, float, float]]:
+    """The class of a line, and its box xywh as fractions of the image.
+
+    Raises:
+        ValueError: it is of another form; the text says how.
+    """
+    try:
+        values = [float(text) for text in line.split()]
+    except ValueError:
+        raise ValueError("has something that is no number") from None
+    class_number, fractions = as_integer(values[0]), values[1:]
+    if class_number not in names:
+        raise ValueError(f"is of class {values[0]:g}, which names does not have")
+    if not all(0 <= value <= LARGEST_FRACTION for value in fractions):
+        raise ValueError("has numbers that are no fractions of the image, 0 to 1")
+    if len(fractions) == 4:
+        x, y, width, height = fractions
+        return class_number, (x - width / 2, y - height / 2, width, height)
+    if len(fractions) < 6 or len(fractions) % 2:
+        raise ValueError(f"has {len(values)} numbers; expected a class and 4, or a class and the corners of a polygon")
+    left, top, right, bottom = min(fractions[::2]), min(fractions[1::2]), max(fractions[::2]), max(fractions[1::2])
+    return class_number, (left, top, right - left, bottom - top)
