@@ -9,6 +9,7 @@ images.py         image files: opened, decoded, and where they are bad, named or
 objects.py        what of the annotations is trained on
 scoring.py        COCO's results format, its twelve metrics, and which detections are right; the only room that knows
                   the API of pycocotools and hotcoco
+voc_scoring.py    Pascal VOC's way to score
 sources.py        a part of a data set, and how its annotations come to all processes
 layouts.py        which files a folder holds, found by looking
 yolo.py           YOLO's labels
@@ -17,7 +18,7 @@ shared_files.py   ``--cache ram``: files in memory that the processes of a machi
 shapes.py         the embedded data set, drawn at first use
 """
 
-from . import scoring, shapes
+from . import scoring, shapes, voc_scoring
 from .annotations import agree_on_groups, check_same_classes, parse_annotations, read_annotations
 from .images import SUFFIXES, fault_of_image, is_turned, load_image, load_or_skip, load_upright
 from .index import CocoAnnotations
@@ -48,4 +49,5 @@ __all__ = [
     "read_annotations",
     "scoring",
     "shapes",
+    "voc_scoring",
 ]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import coco_utils
 import ssd
 import utils
-from coco import CocoAnnotations, scoring
+from coco import CocoAnnotations, scoring, voc_scoring
 
 from . import loading
 
@@ -144,9 +144,14 @@ def merge(shares: list[Inference], expected_ids: ndarray) -> Inference:
 
 
 def score(annotations: CocoAnnotations, found: Inference, scorer: str) -> scoring.Scores:
-    """COCO's scores; among their counts the images ``skipped``, and the mean ``loss`` per positive, if known."""
+    """COCO's scores, and as ``VOC`` those of Pascal VOC for its data sets.
+
+    Among them the images ``skipped`` in ``counts``, and the mean ``loss`` per positive, if known.
+    """
     scores = scoring.score_detections(annotations, found.detections, scorer)
     scores.metrics["counts"]["skipped"] = len(found.faults)
+    if annotations.is_voc:
+        scores.metrics["VOC"] = voc_scoring.score_detections(annotations, found.detections)
     if found.losses is not None:
         *terms, positives = found.losses.sum(axis=0)
         means = {name: float(term / max(positives, 1)) for name, term in zip(LOSSES[:-1], terms, strict=True)}
@@ -163,4 +168,7 @@ def describe(found: Inference, metrics: dict, seconds: float) -> str:
     lines.append(f"Scored in {seconds:.2f} s, {num_images / seconds:.0f} images/s")
     if "loss" in metrics:
         lines.append("  ".join(f"{name}: {value:.4f}" for name, value in metrics["loss"].items()))
-    return "\n".join([*lines, scoring.format_table(metrics)])
+    lines.append(scoring.format_table(metrics))
+    if "VOC" in metrics:
+        lines.append(voc_scoring.format_lines(metrics["VOC"]))
+    return "\n".join(lines)

@@ -95,6 +95,8 @@ class Validation:
         num_images = len(found.image_ids)
         rates = {"images/s": num_images / found.seconds, "images scored/s": num_images / seconds}
         numbers = {name: scores.metrics[name] for name in scoring.METRICS} | scores.metrics.get("loss", {}) | rates
+        if "VOC" in scores.metrics:
+            numbers |= {f"VOC {name}": scores.metrics["VOC"][name] for name in ("AP11", "AP")}
         return inference.describe(found, scores.metrics, seconds), numbers
 
     def settle(self, wait: bool = True) -> None:
