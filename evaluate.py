@@ -30,10 +30,10 @@ from presets import DetectionPresetEval
 from view import own_images, reports
 
 
-def find_splits(args: argparse.Namespace, *names: str) -> dict[str, Split]:
+def find_splits(args: argparse.Namespace, *names: str, needs_images: bool = True) -> dict[str, Split]:
     """The files of the splits ``train`` and ``val`` that the flags name."""
     files = {name: (getattr(args, f"{name}_images"), getattr(args, f"{name}_annotations")) for name in names}
-    return coco.find_splits(args.dataset, args.data_path, files, args.val_fraction)
+    return coco.find_splits(args.dataset, args.data_path, files, args.val_fraction, needs_images)
 
 
 def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD, list[dict] | None]:
@@ -64,8 +64,8 @@ def make_infer(args: argparse.Namespace, device: torch.device) -> Callable[..., 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Scores ``--checkpoint`` or ``--detections`` on the validation set."""
-    split = find_splits(args, "val")["val"]
     needs_images = args.checkpoint is not None or args.pictures > 0
+    split = find_splits(args, "val", needs_images=needs_images)["val"]
     index_dir = Path(args.output_dir) / "annotations"
     annotations = split.open(index_dir, needs_images, needs_annotations=args.checkpoint is None)
     if args.detections is None:

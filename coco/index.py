@@ -81,6 +81,8 @@ class CocoAnnotations:
         """
         ids = set(ids)
         taken = {i: name for i, name in self.groups.items() if i in ids}
+        if not taken:
+            return self
         for i, name in taken.items():
             if name in self.categories.values():
                 raise DataError(f"{self.path}: category {i} has the name {name!r} of another; give it one of its own")

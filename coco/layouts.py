@@ -55,8 +55,10 @@ def yolo_layout(root: Path) -> Splits:
 
 
 def plain_layout(root: Path) -> Splits:
-    files = [file for file in root.glob("*.json") if file.name != "result.json"]
+    files = [*root.glob("[!.]*.json"), *root.glob("annotations/[!.]*.json")]
     folders = [folder for folder in (root, *root.iterdir()) if folder.is_dir() and has_images(folder)]
+    if (root / "images").is_dir():
+        folders = [root / "images"]
     return {"train": Split(folders[0], JsonFile(files[0]))} if len(files) == len(folders) == 1 else {}
 
 
@@ -112,6 +114,7 @@ def find_splits(
     data_path: str | None,
     files: dict[str, tuple[str | None, str | None]],
     val_fraction: float | None = None,
+    needs_images: bool = True,
 ) -> Splits:
     """The files of a data set, and a line of what was found by looking.
 
@@ -121,6 +124,7 @@ def find_splits(
         files: for ``train`` and ``val``, as far as they are wanted, the image folder and the annotation file, where
             they are not those that the folder has.
         val_fraction: which fraction is held out of data that come in one.
+        needs_images: annotations without an image folder are not enough.
 
     Raises:
         ValueError: files are neither named nor found, or the fraction is of data that are split already.
@@ -141,7 +145,7 @@ def find_splits(
     for name in files:
         if splits[name] is None and found:
             raise DataError(f"{data_path}: comes in one; hold some of it out to validate on, with --val-fraction 0.2")
-        if splits[name] is None:
+        if splits[name] is None or (needs_images and splits[name].images_dir is None):
             raise DataError(
                 f"--data-path is missing: give the folder of a data set, or --{name}-images and --{name}-annotations; "
                 "--dataset shapes needs neither"

@@ -32,7 +32,7 @@ class Split:
                 annotations have faults.
         """
         if needs_images and not self.has_images():
-            raise DataError(f"{self.images_dir or '--val-images'}: no such image folder")
+            raise DataError(f"{self.images_dir}: no such image folder")
         with utils.main_first():  # so that the files are read once
             images_dir = self.images_dir if needs_images else None
             annotations = read_annotations(self.source, index_dir, images_dir, self.part)

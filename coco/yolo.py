@@ -102,24 +102,30 @@ def list_images(path: Path, settings: dict, key: str) -> list[Path]:
     places = settings[key] if type(settings[key]) is list else [settings[key]]
     found = []
     for place in places:
-        where = find_place(path.parent, settings.get("path"), str(place))
-        if where is None:
-            raise DataError(f"{path}: {key} {place!r} is not there, be it from {path.parent} or from its path")
+        where = find_place(path, settings.get("path"), str(place))
         found += sorted(images_in(where)) if where.is_dir() else images_listed(where)
     if not found:
         raise DataError(f"{path}: {key} {settings[key]!r} holds no images")
     return list(dict.fromkeys(found))
 
 
-def find_place(root: Path, base, place: str) -> Path | None:
-    """Where a place of a data.yaml is, which may have been written on another machine or for another folder.
+def find_place(path: Path, base, place: str) -> Path:
+    """Where a place of a data.yaml is: from its ``path``, from its folder, or as what of its end is in that folder.
 
-    From its ``path`` or from the folder itself; else what of its end is there in the folder.
+    It may have been written on another machine, and Roboflow writes ``../train/images`` for ``train/images``.
+
+    Raises:
+        DataError: it is not there, or both in the folder and outside.
     """
+    root = path.parent
     parts = [part for part in Path(place.replace("\\", "/")).parts if part not in ("..", "/")]
-    candidates = [root / str(base or "") / place, root / place]
-    candidates += [root.joinpath(*parts[start:]) for start in range(len(parts))]
-    return next((Path(os.path.normpath(one)) for one in candidates if one.exists()), None)
+    literal = next((one for one in (root / str(base or "") / place, root / place) if one.exists()), None)
+    inside = next((one for i in range(len(parts)) if (one := root.joinpath(*parts[i:])).exists()), None)
+    if literal is None and inside is None:
+        raise DataError(f"{path}: {place!r} is not there, neither from its path nor from {root}")
+    if place.startswith("..") and literal and inside and not literal.samefile(inside):
+        raise DataError(f"{path}: {place!r} may be {inside} or {literal.resolve()}; write one of them there")
+    return Path(os.path.normpath(literal or inside))
 
 
 def images_in(folder: Path) -> Iterator[Path]:
