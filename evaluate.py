@@ -68,6 +68,10 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     split = find_splits(args, "val", needs_images=needs_images)["val"]
     index_dir = Path(args.output_dir) / "annotations"
     annotations = split.open(index_dir, needs_images, needs_annotations=args.checkpoint is None)
+    if not annotations.has_annotations and (args.val_loss or args.pictures):
+        raise ValueError(
+            f"{annotations.path}: has no annotations, which --val-loss and --pictures need; --images draws"
+        )
     if args.detections is None:
         model, classes = open_model(args, device)
         annotations = checkpoints.check_knows(model, classes, args.checkpoint, annotations)

@@ -156,7 +156,7 @@ def test_a_results_file_gets_pycocotools_figures_without_a_model(run, tmp_path, 
     ]
     (tmp_path / "results.json").write_text(json.dumps(results))
     flags = ["--detections", tmp_path / "results.json", "--val-annotations", tmp_path / "truth.json"]
-    flags += ["--val-images", tmp_path / "nowhere", "--output-dir", tmp_path / "out", "--device", "cpu"]
+    flags += ["--output-dir", tmp_path / "out", "--device", "cpu"]
     console = run("evaluate.py", *flags, processes=processes).stdout
     assert "Scoring 36 detections" in console
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -166,6 +166,48 @@ def test_a_results_file_gets_pycocotools_figures_without_a_model(run, tmp_path, 
     assert metrics["per_class"]["absent"] == {"AP": None, "AP50": None, "boxes": 0, "detections": 12}
     assert metrics["counts"] == {"images": 4, "boxes": 5, "detections": 36, "skipped": 0}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations", "metrics.json"]
+
+
+@pytest.mark.parametrize("keys", [("images", "categories"), ("images",)])
+def test_a_list_of_images_is_detected_on(trained, data_path, tmp_path, capsys, keys):
+    """As a test server gives it out, with nothing to score."""
+    whole = json.loads((data_path / "annotations/instances_val2017.json").read_text())
+    (tmp_path / "list.json").write_text(json.dumps({key: whole[key] for key in keys}))
+    flags = ["--val-images", data_path / "val2017", "--device", "cpu", "--workers", 0]
+
+    def evaluate_on(annotations, output_dir, *more) -> list[dict]:
+        command = ["--checkpoint", trained[0] / "checkpoint.pth", "--val-annotations", annotations, *flags, *more]
+        arguments = [str(flag) for flag in [*command, "--output-dir", output_dir]]
+        evaluate.main(evaluate.get_args_parser().parse_args(arguments))
+        return json.loads((output_dir / "detections.json").read_text())
+
+    found = evaluate_on(tmp_path / "list.json", tmp_path / "list")
+    assert "list.json has no annotations: nothing to score; the detections are in" in capsys.readouterr().out
+    assert not (tmp_path / "list/metrics.json").exists()
+    assert found == evaluate_on(data_path / "annotations/instances_val2017.json", tmp_path / "whole")
+    for flag in (["--pictures", 1], ["--val-loss"]):
+        with pytest.raises(ValueError, match="has no annotations, which --val-loss and --pictures need"):
+            evaluate_on(tmp_path / "list.json", tmp_path / "list", *flag)
+    weights = tmp_path / "weights.pth"
+    torch.save(load(trained[0] / "checkpoint.pth")["model"], weights)
+    command = ["--checkpoint", weights, "--model", "ssd300_resnet18", "--val-annotations", tmp_path / "list.json"]
+    arguments = [str(flag) for flag in [*command, *flags, "--output-dir", tmp_path / "bare"]]
+    if "categories" not in keys:
+        with pytest.raises(ValueError, match=r"lists no categories, and .*weights\.pth does not tell which it knows"):
+            evaluate.main(evaluate.get_args_parser().parse_args(arguments))
+
+
+def test_lists_of_images_are_neither_trained_on_nor_scored(data_path, tmp_path):
+    whole = json.loads((data_path / "annotations/instances_val2017.json").read_text())
+    (tmp_path / "list.json").write_text(json.dumps({key: whole[key] for key in ("images", "categories")}))
+    for name in ("train", "val"):
+        flags = ["--data-path", data_path, f"--{name}-annotations", tmp_path / "list.json", "--output-dir", tmp_path]
+        with pytest.raises(ValueError, match=r"list\.json: has no list of annotations; evaluate\.py --checkpoint can"):
+            train.main(train.parse_args([*SMALL, *map(str, flags)]))
+    (tmp_path / "detections.json").write_text("[]")
+    flags = ["--detections", tmp_path / "detections.json", "--val-annotations", tmp_path / "list.json"]
+    with pytest.raises(ValueError, match=r"list\.json: has no list of annotations"):
+        evaluate.main(evaluate.get_args_parser().parse_args([*map(str, flags), "--output-dir", str(tmp_path)]))
 
 
 def make_noise_data(root) -> None:
@@ -456,7 +498,7 @@ def test_a_users_mistake_is_one_line(run, tmp_path):
     assert (
         result.stderr.strip()
         .splitlines()[-1]
-        .startswith(f"train.py: error: {tmp_path}/nowhere/train2017: no such image folder")
+        .startswith(f"train.py: error: {tmp_path}/nowhere: no such folder; --data-path is the folder of a data set")
     )
 
 
