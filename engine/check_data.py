@@ -104,7 +104,7 @@ def faults_of_images(
         line.show(f"{images_dir} {run_log.bar(done, len(dataset))}")
     line.clear()
     if num_turned:
-        print(f"note: {annotations.path}: {num_turned} images are turned as their EXIF data say: these sizes are so")
+        print(f"note: {annotations.path}: {num_turned} images have their size when turned as EXIF data say: turned")
 
 
 def describe(annotations: CocoAnnotations) -> Iterator[str]:

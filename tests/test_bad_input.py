@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 
 import evaluate
 import ssd
@@ -186,6 +187,22 @@ def test_check_data_notes_what_training_leaves_out(data_path, tmp_path, capsys):
         assert f"note: {path}: annotation {annotation['id']} of image {annotation['image_id']} has no area" in console
     assert f"note: {path}: image {image_id} has crowds only; it is not trained on" in console
     assert f"note: {path}: 1 annotations have no area" in console
+
+
+def test_check_data_notes_what_is_turned(data_path, tmp_path, capsys):
+    shutil.copytree(data_path, tmp_path / "turned")
+    for name in ("train2017", "val2017"):
+        path = tmp_path / f"turned/annotations/instances_{name}.json"
+        content = json.loads(path.read_text())
+        for one in content["images"][:2]:
+            file = tmp_path / "turned" / name / one["file_name"]
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            Image.open(file).save(file, exif=exif)
+            one["width"], one["height"] = one["height"], one["width"]
+        path.write_text(json.dumps(content))
+    assert not find_faults("--data-path", tmp_path / "turned")
+    assert capsys.readouterr().out.count(": 2 images have their size when turned as EXIF data say: turned") == 2
 
 
 def test_a_resumed_run_goes_on_counting_what_it_skips(damaged, tmp_path, capsys, monkeypatch):
