@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torchvision.models import WeightsEnum
 
 import presets
 import ssd
@@ -21,8 +22,8 @@ def built():
     """What a recipe makes of a run of 8 processes, by its name."""
     loaded = []
 
-    def random_weights(source: str) -> dict:
-        loaded.append(source)
+    def random_weights(self, **_) -> dict:
+        loaded.append(str(self))
         layers = nn.Sequential(*ssd.backbones.vgg.make_layers(ssd.backbones.vgg.cfgs["D"]))
         return {f"features.{name}": value for name, value in layers.state_dict().items()}
 
@@ -52,7 +53,7 @@ def built():
 
     torch.manual_seed(0)  # whichever tests came before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssd.backbones, "load_state_dict", random_weights)
+        patch.setattr(WeightsEnum, "get_state_dict", random_weights)
         yield {name: build(name) for name in presets.RECIPES}
 
 
