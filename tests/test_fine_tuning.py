@@ -158,7 +158,7 @@ def test_default_boxes_for_voc_through_training_resume_evaluation_and_fine_tunin
     train_steps, data_path, tmp_path, capsys
 ):
     """The checkpoint remembers them, so that no later command names them; a bare state dict of it wants the flag."""
-    flags = ["--default-boxes", "voc", "--model", "ssd300_vgg11", "--batch-size", 2]  # of which SMALL has others
+    flags = ["--recipe", "voc", "--model", "ssd300_vgg11", "--batch-size", 2]  # of which SMALL has others
     trained = train_steps(*flags, steps=1)
     assert trained["args"]["default_boxes"] == "voc"
     checkpoint = tmp_path / "checkpoint.pth"
@@ -196,7 +196,7 @@ def test_training_says_what_it_assumes_of_weights(train_steps, tmp_path, capsys)
     """And that a recipe has nothing to subsample; on a network without fc6 and fc7, that a flag has no effect."""
     path = tmp_path / "my.pth"
     torch.save(features_of("vgg11"), path)
-    train_steps("--subsample-fc", "--model", "ssd300_vgg11", "--batch-size", 1, "--weights-backbone", path, steps=1)
+    train_steps("--recipe", "caffe", "--model", "ssd300_vgg11", "--batch-size", 1, "--weights-backbone", path, steps=1)
     lines = capsys.readouterr().out.splitlines()
     assert f"{path}: does not tell its input scaling; imagenet is assumed (--input-scaling)" in lines
     assert f"{path}: has no classifier to subsample; fc6 and fc7 begin anew" in lines
