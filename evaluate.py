@@ -37,9 +37,12 @@ def find_splits(args: argparse.Namespace, *names: str, needs_images: bool = True
 
 
 def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD, list[dict] | None]:
-    """The model of ``--checkpoint``, and its classes if it tells them."""
+    """The model of ``--checkpoint``, and its classes if it tells them. Says what was assumed of it."""
     with utils.main_first():  # so that weights are downloaded once
-        model, classes = checkpoints.load_model(args.checkpoint, args.model, args.input_scaling)
+        asked = (args.model, args.input_scaling, args.default_boxes)
+        model, classes = checkpoints.load_model(args.checkpoint, *asked)
+    for note in model.notes:
+        utils.print_on_main(note)
     return model.to(device, memory_format=execution.memory_format(device)), classes
 
 

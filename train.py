@@ -119,7 +119,7 @@ def train(
 def make_model(args: argparse.Namespace, device: torch.device, num_classes: int, resumed: bool = False) -> ssd.SSD:
     """The model that the flags name. One to be ``resumed`` needs no weights, since its checkpoint has them.
 
-    What the flags leave open, the trainable layers and the input scaling, is written back into ``args``.
+    What the flags leave open, trainable layers, input scaling and default boxes, is written back into ``args``.
 
     Raises:
         ValueError: weights are missing, damaged, of another model, or needed.
@@ -128,6 +128,7 @@ def make_model(args: argparse.Namespace, device: torch.device, num_classes: int,
         "num_classes": num_classes,
         "trainable_backbone_layers": args.trainable_backbone_layers,
         "input_scaling": args.input_scaling,
+        "default_boxes": args.default_boxes,
         "weight_init": args.weight_init,
     }
     if resumed:
@@ -136,12 +137,13 @@ def make_model(args: argparse.Namespace, device: torch.device, num_classes: int,
         if args.freeze_backbone and args.weights in (None, "none"):
             raise ValueError("--freeze-backbone needs --weights: what SSD adds to a backbone would stay random")
         config |= {"weights": args.weights, "weights_backbone": args.weights_backbone}
+        config["subsample_fc"] = args.subsample_fc
     with utils.main_first():  # so that weights are downloaded once
         model = ssd.get_model(args.model, **config)
     if args.freeze_backbone:
         model.backbone.requires_grad_(False)
     args.trainable_backbone_layers = model.backbone.trainable_layers
-    args.input_scaling = model.input_scaling
+    args.input_scaling, args.default_boxes = model.input_scaling, model.default_boxes_name
     model = model.to(device, memory_format=execution.memory_format(device))
     return utils.synchronise_batch_norm(model, device) if args.sync_bn else model
 

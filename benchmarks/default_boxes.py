@@ -38,7 +38,7 @@ def main() -> None:
     print(f"{len(boxes)} objects, {int(is_small.sum())} of them small")
     for size, sides in GRIDS.items():
         grids = [(side, side) for side in sides]
-        caffe = CAFFE_DEFAULT_BOXES[size]
+        caffe = CAFFE_DEFAULT_BOXES["coco"][size]
         rules = {"Caffe's": caffe, "guessed": ssd.guess_default_boxes(grids)}
         rules["equation 4"] = DefaultBoxGenerator(caffe.aspect_ratios)
         for name, generator in rules.items():

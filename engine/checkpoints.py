@@ -193,11 +193,11 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_model(
-    checkpoint: str, model_name: str | None, input_scaling: str = "default"
+    checkpoint: str, model_name: str | None, input_scaling: str = "default", default_boxes: str = "default"
 ) -> tuple[ssd.SSD, list[dict] | None]:
     """The model of a checkpoint (ours, torchvision's, a state dict, or an enum name).
 
-    A name for ``model_name`` and an ``input_scaling`` are needed where the checkpoint does not tell.
+    A ``model_name``, an ``input_scaling`` and ``default_boxes`` are needed where the checkpoint does not tell.
 
     Returns:
         The model, and the classes that a checkpoint of ours tells (``CocoAnnotations.classes``), else None.
@@ -206,14 +206,16 @@ def load_model(
         ValueError: it cannot be read, or is of another model.
     """
     content = {} if ssd.is_enum_name(checkpoint) else ssd.load_file(checkpoint)
+    published = ssd.find_published(checkpoint)
     if "categories" in content:
         model_name = ssd.told(content, "model")
-    elif model_name is None and ssd.is_enum_name(checkpoint):
-        model_name = checkpoint.partition("_Weights.")[0].lower()
+    elif model_name is None and published is not None:
+        model_name = type(published).__name__.removesuffix("_Weights").lower()
     model_name = model_name or "ssd300_vgg16"
     if model_name not in ssd.list_models():
         raise ValueError(f"{checkpoint}: is of a model that is not known here, {model_name!r}")
-    model = ssd.get_model(model_name, weights=checkpoint, weights_backbone=None, input_scaling=input_scaling)
+    asked = {"input_scaling": input_scaling, "default_boxes": default_boxes}
+    model = ssd.get_model(model_name, weights=checkpoint, weights_backbone=None, **asked)
     return model, content.get("categories")
 
 

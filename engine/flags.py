@@ -135,6 +135,12 @@ def add_common_flags(groups: Groups) -> None:
         help="how images are normalised (default: as the weights want it)",
     )
     add(
+        "--default-boxes",
+        choices=["default", *ssd.CAFFE_DEFAULT_BOXES],
+        default="default",
+        help="of a VGG, Caffe's for this data set (default: as the weights want it, else coco)",
+    )
+    add(
         "--loader-timeout",
         type=not_negative,
         default=300,
@@ -290,6 +296,12 @@ def add_rare_flags(group: argparse._ArgumentGroup) -> None:
         choices=["default", *ssd.WEIGHT_INITS],
         default="default",
         help="initialisation of what SSD adds to a backbone (default: xavier, of SSDlite normal)",
+    )
+    add(
+        "--subsample-fc",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="begin fc6 and fc7 of a VGG with the classifier of --weights-backbone",
     )
     add("--sync-bn", action="store_true", help="batch norm over the batches of all GPUs")
     add("--norm-weight-decay", type=fraction, metavar="W", help="of batch norm (default: that of all layers)")

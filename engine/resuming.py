@@ -30,11 +30,13 @@ FIXED_FLAGS = (
     "freeze_backbone",
     "trainable_backbone_layers",
     "input_scaling",
+    "default_boxes",
 )
 # what a checkpoint tells where the flags leave it open: how they do, and what it may be
 TOLD_BY_CHECKPOINT = {
     "trainable_backbone_layers": (None, range(1000)),
     "input_scaling": ("default", ssd.INPUT_SCALINGS),
+    "default_boxes": ("default", ("default", *ssd.CAFFE_DEFAULT_BOXES)),
 }
 FREE_FLAGS = {"resume", "output_dir", "tuned_for_batch"}  # no change of them is worth a line
 

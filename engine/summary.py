@@ -23,7 +23,8 @@ def describe_run(
     """
     yield from describe_data(dataset, val)
     yield from describe_model(model, flags["model"], flags["weights"])
-    yield from describe_flags(flags, base_lr, has_norm=bool(norm_layers(model)))
+    has_fc = isinstance(model.backbone, ssd.SSDFeatureExtractorVGG)
+    yield from describe_flags(flags, base_lr, has_norm=bool(norm_layers(model)), has_fc=has_fc)
 
 
 def describe_data(dataset: CocoTrainDataset, val: CocoAnnotations) -> Iterator[str]:
@@ -36,7 +37,7 @@ def describe_data(dataset: CocoTrainDataset, val: CocoAnnotations) -> Iterator[s
 
 
 def describe_model(model: ssd.SSD, name: str, weights: str | None) -> Iterator[str]:
-    """Its size, what of it trains, and what comes from ``weights`` of a whole model."""
+    """Its size, what of it trains, what comes from ``weights`` of a whole model, and what was assumed of weights."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     yield f"Model {name}: {total:,} parameters, of which {trainable:,} train; input scaling {model.input_scaling}"
@@ -47,13 +48,17 @@ def describe_model(model: ssd.SSD, name: str, weights: str | None) -> Iterator[s
             f"Kept from {weights}: all weights but those for its classes; initialised anew, for "
             f"{model.num_classes} classes (background included): {', '.join(model.initialised_anew)}"
         )
+    yield from model.notes
 
 
-def describe_flags(flags: dict, base_lr: float, has_norm: bool) -> Iterator[str]:
+def describe_flags(flags: dict, base_lr: float, has_norm: bool, has_fc: bool) -> Iterator[str]:
     """What has no effect of train.py's ``flags``, by their names in Python, and the learning rate after the warm-up."""
-    asked = {"--sync-bn": flags["sync_bn"], "--norm-weight-decay": flags["norm_weight_decay"] is not None}
-    for flag in (flag for flag, is_given in asked.items() if is_given and not has_norm):
-        yield f"{flag} has no effect: {flags['model']} has no batch norm"
+    if flags["sync_bn"] and not has_norm:
+        yield f"--sync-bn has no effect: {flags['model']} has no batch norm"
+    if flags["norm_weight_decay"] is not None and not has_norm:
+        yield f"--norm-weight-decay has no effect: {flags['model']} has no batch norm"
+    if flags["subsample_fc"] and not has_fc:
+        yield f"--subsample-fc has no effect: {flags['model']} has no fc6 and fc7"
     processes, batch_size, accumulate = (flags[name] for name in ("world_size", "batch_size", "accumulate"))
     batch, recipe_batch = processes * batch_size * accumulate, flags["tuned_for_batch"]
     parts = f"{processes} x {batch_size} images" + (f" x {accumulate}" if accumulate > 1 else "")

@@ -13,12 +13,13 @@ ssdlite.py         SSDlite on MobileNetV3
 initialisation.py  how layers begin that have no weights
 family.py          every backbone at its input sizes, as a whole model
 weights.py         where weights come from: files, and torchvision's enums
+vgg_weights.py     what a VGG brings along: its convolutions, and its classifier as fc6 and fc7
 files.py           files of tensors: written whole or not at all, sealed, read as plain data
 """
 
 from .backbones import SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
 from .boxes import BoxCoder, pairwise_iou
-from .default_boxes import DefaultBoxGenerator, guess_default_boxes
+from .default_boxes import CAFFE_DEFAULT_BOXES, DefaultBoxGenerator, guess_default_boxes
 from .family import get_model, list_models
 from .files import VERSION, load_file, save_file
 from .head import SSDHead
@@ -27,9 +28,10 @@ from .matcher import SSDMatcher
 from .model import INPUT_SCALINGS, SSD
 from .postprocess import NotFiniteError
 from .ssdlite import SSDLiteFeatureExtractorMobileNet
-from .weights import is_enum_name, load_state_dict, not_finite, told
+from .weights import find_published, is_enum_name, not_finite, told
 
 __all__ = [
+    "CAFFE_DEFAULT_BOXES",
     "INPUT_SCALINGS",
     "SSD",
     "VERSION",
@@ -42,12 +44,12 @@ __all__ = [
     "SSDHead",
     "SSDLiteFeatureExtractorMobileNet",
     "SSDMatcher",
+    "find_published",
     "get_model",
     "guess_default_boxes",
     "is_enum_name",
     "list_models",
     "load_file",
-    "load_state_dict",
     "not_finite",
     "pairwise_iou",
     "save_file",

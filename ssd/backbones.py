@@ -16,7 +16,8 @@ from torchvision.models import ResNet, resnet18, resnet34, resnet50, vgg
 
 from .default_boxes import CAFFE_DEFAULT_BOXES, DefaultBoxGenerator
 from .initialisation import kaiming_init, xavier_init
-from .weights import load_matching, load_state_dict
+from .vgg_weights import load_vgg
+from .weights import Weights, load_matching
 
 Init = Callable[[nn.Module], None]  # see initialisation.py
 
@@ -158,21 +159,25 @@ def freeze_first_blocks(layers: nn.Sequential, block_starts: list[int], trainabl
     return trainable_layers
 
 
-def make_vgg(name: str, weights: str | None, size: int, **settings) -> SSDFeatureExtractorVGG:
-    """With the layers of torchvision's VGG of this name; of ``weights`` the classifier, if any, is left aside."""
+def make_vgg(
+    name: str, weights: Weights | None, size: int, subsample_fc: bool = False, **settings
+) -> SSDFeatureExtractorVGG:
+    """With the layers of torchvision's VGG of this name; see ``load_vgg`` for ``weights`` and ``subsample_fc``."""
     layers = vgg.make_layers(vgg.cfgs[VGG_LAYERS[name.removesuffix("_bn")]], batch_norm=name.endswith("_bn"))
     kaiming_init(layers)
+    extractor = SSDFeatureExtractorVGG(layers, highres=is_highres(size), **settings)
     if weights is not None:
-        prefix, state_dict = "features.", load_state_dict(weights)
-        features = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        load_matching(layers, features, weights)
-    return SSDFeatureExtractorVGG(layers, highres=is_highres(size), **settings)
+        _, fc6, _, fc7, _ = extractor.extra[0][-1]
+        load_vgg(name, layers, nn.ModuleDict({"fc6": fc6, "fc7": fc7}), weights, subsample_fc)
+    return extractor
 
 
-def make_resnet(network: Callable[[], ResNet], weights: str | None, size: int, **settings) -> SSDFeatureExtractorResNet:
+def make_resnet(
+    network: Callable[[], ResNet], weights: Weights | None, size: int, **settings
+) -> SSDFeatureExtractorResNet:
     resnet = network()
     if weights is not None:
-        load_matching(resnet, load_state_dict(weights), weights)
+        load_matching(resnet, weights)
     return SSDFeatureExtractorResNet(resnet, highres=is_highres(size), **settings)
 
 
@@ -188,12 +193,14 @@ class Backbone:
 
     Args:
         make: ``make(weights, size, trainable_layers, init)`` gives the module for images of ``size`` pixels;
-            ``weights`` is a name or file for ``load_state_dict``, or None.
+            ``weights`` is a ``Weights`` or None.
         weights: those to begin with, torchvision's for ImageNet.
         input_scaling: what these were trained on, a key of ``INPUT_SCALINGS``.
         trainable_layers: how many blocks train by default, where it begins with weights; None for all.
         weight_init: how new layers are initialised, a key of ``WEIGHT_INITS``.
-        default_boxes: by size of the input, where they are not guessed.
+        default_boxes: by name and by size of the input, those of the first name by default; without any, or for
+            another size, they are guessed.
+        has_fc: whether ``make`` takes ``subsample_fc`` too, as ``load_vgg`` does.
     """
 
     make: Callable[..., nn.Module]
@@ -201,12 +208,13 @@ class Backbone:
     input_scaling: str = "imagenet"
     trainable_layers: int | None = None
     weight_init: str = "xavier"
-    default_boxes: dict[int, DefaultBoxGenerator] = field(default_factory=dict)
+    default_boxes: dict[str, dict[int, DefaultBoxGenerator]] = field(default_factory=dict)
+    has_fc: bool = False
 
 
 VGG_LAYERS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}  # torchvision's names of them
 # conv1 stays frozen, as in the run that made 25.1
-VGG = partial(Backbone, trainable_layers=4, default_boxes=CAFFE_DEFAULT_BOXES)
+VGG = partial(Backbone, trainable_layers=4, default_boxes=CAFFE_DEFAULT_BOXES, has_fc=True)
 
 BACKBONES = {
     "vgg11": VGG(partial(make_vgg, "vgg11"), "VGG11_Weights.IMAGENET1K_V1"),

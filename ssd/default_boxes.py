@@ -119,17 +119,21 @@ def guess_default_boxes(grid_sizes: list[tuple[int, int]]) -> DefaultBoxGenerato
     return DefaultBoxGenerator(ratios, scales=scales)
 
 
-# Those of Caffe's models for COCO by input size, with sides limited to the image, as in torchvision. The smallest are
-# smaller than equation 4 of the paper has them.
+def caffe_default_boxes(size: int, scales: list[float]) -> DefaultBoxGenerator:
+    """Those of Caffe's models for an input of 300 or 512 pixels, with sides limited to the image, as in torchvision."""
+    steps = [8, 16, 32, 64, 100, 300] if size == 300 else [8, 16, 32, 64, 128, 256, 512]
+    return DefaultBoxGenerator([[2], *[[2, 3]] * (len(steps) - 3), [2], [2]], scales=scales, steps=steps)
+
+
+# By the data set that Caffe's models are for, and by input size. The smallest are smaller than equation 4 of the paper
+# has them.
 CAFFE_DEFAULT_BOXES = {
-    300: DefaultBoxGenerator(
-        [[2], [2, 3], [2, 3], [2, 3], [2], [2]],
-        scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05],
-        steps=[8, 16, 32, 64, 100, 300],
-    ),
-    512: DefaultBoxGenerator(
-        [[2], [2, 3], [2, 3], [2, 3], [2, 3], [2], [2]],
-        scales=[0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06],
-        steps=[8, 16, 32, 64, 128, 256, 512],
-    ),
+    "coco": {
+        300: caffe_default_boxes(300, [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]),
+        512: caffe_default_boxes(512, [0.04, 0.1, 0.26, 0.42, 0.58, 0.74, 0.9, 1.06]),
+    },
+    "voc": {
+        300: caffe_default_boxes(300, [0.1, 0.2, 0.37, 0.54, 0.71, 0.88, 1.05]),
+        512: caffe_default_boxes(512, [0.07, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05]),
+    },
 }

@@ -1,17 +1,19 @@
 """The family: every backbone at its input sizes, as a whole model that weights can be loaded into."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
-from torch import Tensor, nn
-from torchvision.models import get_weight
+from torch import nn
 
 from .backbones import BACKBONES, Backbone
+from .default_boxes import CAFFE_DEFAULT_BOXES
 from .head import SSDHead, conv3x3
 from .initialisation import WEIGHT_INITS
 from .model import INPUT_SCALINGS, SSD
 from .ssdlite import MOBILENET_V3_LARGE, SSDLITE_SETTINGS, separable_conv3x3
-from .weights import is_enum_name, load_matching, load_weights, told
+from .vgg_weights import is_reduced
+from .weights import Weights, describe_keys, load_matching, load_weights, told
 
 NUM_COCO_CLASSES = 91  # the background and COCO's category ids, which run from 1 to 90 with gaps
 CLASSIFICATION_HEAD = "head.classification_head."
@@ -32,8 +34,8 @@ def get_model(name: str, **config) -> SSD:
         config: the keyword arguments of ``build``.
 
     Raises:
-        ValueError: there is no such model; or weights are missing, damaged, of another model, or of another input
-            scaling than asked for.
+        ValueError: there is no such model; or weights are missing, damaged, of another model, or trained with another
+            input scaling or other default boxes than asked for.
         TypeError: an unknown keyword argument.
     """
     if name not in MODELS:
@@ -50,7 +52,9 @@ def build(
     weights_backbone: str | None = "default",
     trainable_backbone_layers: int | None = None,
     input_scaling: str = "default",
+    default_boxes: str = "default",
     weight_init: str = "default",
+    subsample_fc: bool = False,
     predictor: Callable[[int, int], nn.Module] = conv3x3,
     **kwargs,
 ) -> SSD:
@@ -69,9 +73,13 @@ def build(
         trainable_backbone_layers: how many of the backbone's blocks train, counted from the last. By default as
             ``backbone`` has it if there are weights (4 of 5 for a VGG), else all.
         input_scaling: a key of ``INPUT_SCALINGS``; by default the one that the weights were trained with, as far as
-            they tell, else that of ``backbone``.
+            they tell, else that of ``backbone``. Where that is assumed of weights, ``notes`` of the model say so.
+        default_boxes: a key of ``CAFFE_DEFAULT_BOXES``, for a VGG; by default those that ``weights`` were trained with,
+            as far as they tell, else those of ``backbone``, as above. ``default_boxes_name`` of the model has the
+            name, ``"default"`` where they are not Caffe's.
         weight_init: how the layers begin that SSD adds to a backbone, a key of ``WEIGHT_INITS``; by default that of
             ``backbone``.
+        subsample_fc: begin fc6 and fc7 with the classifier of ``weights_backbone``, those of a VGG (``load_vgg``).
         predictor: see ``SSDHead``.
         kwargs: keyword arguments of ``SSD``.
 
@@ -80,89 +88,144 @@ def build(
     """
     if weights_backbone == "default":
         weights_backbone = backbone.weights
-    weights, weights_backbone = (None if source == "none" else source for source in (weights, weights_backbone))
-    if trainable_backbone_layers is None and (weights or weights_backbone):
+    whole, of_backbone = None, None
+    if weights not in (None, "none"):
+        whole = load_weights(weights)
+    elif weights_backbone not in (None, "none"):
+        of_backbone = load_weights(weights_backbone)
+    loaded = whole or of_backbone
+    if trainable_backbone_layers is None and loaded:
         trainable_backbone_layers = backbone.trainable_layers
-    content = None
-    if weights is not None:
-        content, weights_backbone = load_weights(weights), None
     init = WEIGHT_INITS[backbone.weight_init if weight_init == "default" else weight_init]
-    features = backbone.make(weights_backbone, size=size, trainable_layers=trainable_backbone_layers, init=init)
-    scaling = choose_scaling(input_scaling, backbone, weights_backbone, content, weights)
+    make = partial(backbone.make, subsample_fc=True) if subsample_fc and backbone.has_fc else backbone.make
+    features = make(of_backbone, size=size, trainable_layers=trainable_backbone_layers, init=init)
+    scaling = choose_scaling(input_scaling, backbone, whole, of_backbone)
+    boxes_name = choose_boxes(default_boxes, backbone, size, whole)
     if num_classes is None:
-        num_classes = NUM_COCO_CLASSES if content is None else count_classes(content["model"], weights)
+        num_classes = NUM_COCO_CLASSES if whole is None else count_classes(whole)
     model = SSD(
         features,
-        backbone.default_boxes.get(size),
+        backbone.default_boxes.get(boxes_name, {}).get(size),
         size,
         num_classes,
         head=partial(SSDHead, predictor=predictor, init=init),
         input_scaling=scaling,
         **kwargs,
     )
-    if content is not None:
-        model.initialised_anew = load_fitting(model, content, weights)
+    model.default_boxes_name = boxes_name
+    if whole is not None:
+        model.initialised_anew = load_fitting(model, whole)
+    if loaded is not None:
+        model.notes = loaded.notes
     return model
 
 
-def choose_scaling(
-    asked: str, backbone: Backbone, weights_backbone: str | None, content: dict | None, weights: str | None
-) -> str:
-    """The input scaling that is asked for, else that of the weights, of either kind, else that of ``backbone``."""
-    if content is None:
-        told_by_weights = scaling_of_backbone(weights_backbone)
-    else:
-        told_by_weights = scaling_of_model(content, weights, backbone, asked)
-    return asked if asked != "default" else told_by_weights or backbone.input_scaling
-
-
-def scaling_of_model(content: dict, source: str, backbone: Backbone, asked: str) -> str | None:
-    """The input scaling that weights of a whole model were trained with, if a checkpoint or torchvision tells.
+def choose_scaling(asked: str, backbone: Backbone, whole: Weights | None, of_backbone: Weights | None) -> str:
+    """The input scaling that is asked for, else that of the weights, of either kind, else that of ``backbone``.
 
     Raises:
-        ValueError: it tells one that there is not, or another than was asked for.
+        ValueError: see ``told_by_model``.
     """
-    scaling = backbone.input_scaling if is_enum_name(source) else told(content, "input_scaling")
-    if scaling not in [None, *INPUT_SCALINGS]:
-        raise ValueError(f"{source}: damaged: it was trained with an unknown input scaling, {scaling!r}")
-    if scaling is not None and asked not in ("default", scaling):
-        raise ValueError(
-            f"{source}: was trained with another input scaling than {asked}; use --input-scaling {scaling}"
-        )
-    return scaling
+    what, usual = "input scaling", backbone.input_scaling
+    if whole is not None:
+        told_by_weights = told_by_model(whole, what, asked, INPUT_SCALINGS, of_torchvision=usual)
+    else:
+        told_by_weights = of_backbone and scaling_of_backbone(of_backbone, backbone)
+    return settle(what, asked, told_by_weights, usual, whole or of_backbone)
 
 
-def scaling_of_backbone(weights: str | None) -> str | None:
-    """The input scaling that weights of a backbone were trained with, if they are torchvision's, which tells."""
-    if weights is None or not is_enum_name(weights):
-        return None
-    transforms = get_weight(str(weights)).transforms()
-    scaling = tuple(transforms.mean), tuple(transforms.std)
+def choose_boxes(asked: str, backbone: Backbone, size: int, whole: Weights | None) -> str:
+    """The name of the default boxes that are asked for, else of those that the weights tell, else of ``backbone``'s.
+
+    Raises:
+        ValueError: see ``told_by_model``; or ``backbone`` has none of this name.
+    """
+    what, names = "default boxes", [*backbone.default_boxes]
+    usual = names[0] if names else "default"
+    told_by_weights = None
+    if whole is not None:
+        known = ("default", *CAFFE_DEFAULT_BOXES)
+        told_by_weights = told_by_model(whole, what, asked, known, of_torchvision=usual)
+    if told_by_weights not in names:  # those of another model, which will not load
+        told_by_weights = None
+    name = settle(what, asked, told_by_weights, usual, whole if len(names) > 1 else None)
+    if name != "default" and size not in backbone.default_boxes.get(name, {}):
+        raise ValueError(f"the default boxes {name!r} are for a VGG; use --default-boxes default")
+    return name
+
+
+def settle(what: str, asked: str, told_by_weights: str | None, usual: str, weights: Weights | None) -> str:
+    """What is asked for, else what the weights tell, else the usual, which is noted if it is assumed of ``weights``."""
+    if asked != "default":
+        return asked
+    if told_by_weights is None and weights is not None:
+        flag = what.replace(" ", "-")
+        weights.notes.append(f"{weights.source}: does not tell its {what}; {usual} is assumed (--{flag})")
+    return told_by_weights or usual
+
+
+def told_by_model(weights: Weights, what: str, asked: str, known: Iterable[str], of_torchvision: str) -> str | None:
+    """What weights of a whole model were trained with, if a checkpoint or torchvision tells.
+
+    Args:
+        weights: those.
+        what: the name of a flag of train.py, in words.
+        asked: the value that is asked for.
+        known: the values that there are.
+        of_torchvision: the value of torchvision's weights.
+
+    Raises:
+        ValueError: they tell one that there is not, or another than was asked for.
+    """
+    value = told(weights.content, what.replace(" ", "_"))
+    if value is None and weights.published is not None:
+        value = of_torchvision
+    if value not in [None, *known]:
+        raise ValueError(f"{weights.source}: damaged: it was trained with unknown {what}, {value!r}")
+    if value is not None and asked not in ("default", value):
+        flag = what.replace(" ", "-")
+        raise ValueError(f"{weights.source}: was trained with {what} {value}, not {asked}; use --{flag} {value}")
+    return value
+
+
+def scaling_of_backbone(weights: Weights, backbone: Backbone) -> str | None:
+    """The input scaling that weights of a backbone were trained with, if it is known."""
+    if weights.source == backbone.weights:
+        return backbone.input_scaling
+    if is_reduced(weights):
+        return "caffe"
+    transforms = weights.published and weights.published.transforms()
+    scaling = tuple(getattr(transforms, "mean", ())), tuple(getattr(transforms, "std", ()))
     return next((name for name, known in INPUT_SCALINGS.items() if known == scaling), None)
 
 
-def count_classes(state_dict: dict[str, Tensor], source: str) -> int:
+def count_classes(weights: Weights) -> int:
     """Number of classes, background included, that the weights of a whole model predict.
 
     Raises:
         ValueError: they are no such weights.
     """
-    outputs = []
+    state_dict, outputs = weights.state_dict, []
     for head in ("classification_head", "regression_head"):
         predictor = [name for name in state_dict if name.startswith(f"head.{head}.module_list.0.")]
         if not predictor:
-            raise ValueError(f"{source}: not the weights of an SSD model (it has no {head.replace('_', ' ')})")
+            raise ValueError(
+                f"{weights.source}: not the weights of an SSD model (it has no {head.replace('_', ' ')}); "
+                f"the file has {describe_keys(state_dict)}"
+            )
         outputs.append(state_dict[predictor[-1]].numel())  # biases: of each class, and of each coordinate of a box
     scores, coordinates = outputs
     if scores == 0 or coordinates == 0 or 4 * scores % coordinates:
-        raise ValueError(f"{source}: damaged: its heads have {scores} scores for {coordinates} coordinates of boxes")
+        raise ValueError(
+            f"{weights.source}: damaged: its heads have {scores} scores for {coordinates} coordinates of boxes"
+        )
     return 4 * scores // coordinates
 
 
-def load_fitting(model: SSD, content: dict, source: str) -> list[str]:
+def load_fitting(model: SSD, weights: Weights) -> list[str]:
     """Loads everything, but for scores of another number of classes; returns the names of what stays as it was."""
-    own, state_dict = model.state_dict(), content["model"]
-    num_classes = count_classes(state_dict, source)
+    own, state_dict = model.state_dict(), weights.state_dict
+    num_classes = count_classes(weights)
     anew = {}
     for name, value in own.items():
         saved = state_dict.get(name)
@@ -170,8 +233,9 @@ def load_fitting(model: SSD, content: dict, source: str) -> list[str]:
             of_other_classes = (len(value) // model.num_classes * num_classes, *value.shape[1:])
             if saved.shape == of_other_classes:  # else it is damaged, and will not load
                 anew[name] = value
-    model_name = told(content, "model")
-    load_matching(model, state_dict | anew, f"{source} (of {model_name})" if model_name else source)
+    model_name = told(weights.content, "model")
+    source = f"{weights.source} (of {model_name})" if model_name else weights.source
+    load_matching(model, replace(weights, source=source, state_dict=state_dict | anew))
     return list(anew)
 
 

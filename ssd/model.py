@@ -79,6 +79,8 @@ class SSD(nn.Module):
         self.topk_candidates = topk_candidates
         self.neg_to_pos_ratio = (1 - positive_fraction) / positive_fraction
         self.initialised_anew: list[str] | None = None  # what did not fit the weights that were loaded, if any were
+        self.notes: list[str] = []  # what a user should know of them, a line each
+        self.default_boxes_name = "default"  # or that of Caffe's
         # Constants of the architecture, not weights: kept out of the state dict.
         self.register_buffer("default_boxes", anchor_generator((size, size), grids), persistent=False)  # [A, 4]
         self.input_scaling = input_scaling

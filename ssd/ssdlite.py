@@ -13,7 +13,7 @@ from torchvision.ops import Conv2dNormActivation
 from .backbones import Backbone, Init, freeze_first_blocks, outputs_of
 from .default_boxes import DefaultBoxGenerator
 from .initialisation import normal_init
-from .weights import load_matching, load_state_dict
+from .weights import Weights, load_matching
 
 BatchNorm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
 ConvNormReLU6 = partial(Conv2dNormActivation, norm_layer=BatchNorm, activation_layer=nn.ReLU6)
@@ -80,7 +80,7 @@ def has_stride(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.stride != (1, 1)
 
 
-def make_mobilenet(weights: str | None, size: int, **settings) -> SSDLiteFeatureExtractorMobileNet:
+def make_mobilenet(weights: Weights | None, size: int, **settings) -> SSDLiteFeatureExtractorMobileNet:
     """With torchvision's MobileNetV3-Large, whose last layers have half the channels (MobileNetV3, table 6).
 
     torchvision's weights for ImageNet are for all channels; the published model was trained without any.
@@ -88,7 +88,7 @@ def make_mobilenet(weights: str | None, size: int, **settings) -> SSDLiteFeature
     network = mobilenet_v3_large(reduced_tail=True, norm_layer=BatchNorm)
     normal_init(network)
     if weights is not None:
-        load_matching(network, load_state_dict(weights), weights)
+        load_matching(network, weights)
     return SSDLiteFeatureExtractorMobileNet(network.features, **settings)
 
 
@@ -97,5 +97,5 @@ MOBILENET_V3_LARGE = Backbone(
     weights=None,
     input_scaling="tensorflow",
     weight_init="normal",
-    default_boxes={320: DefaultBoxGenerator([[2, 3]] * 6, min_ratio=0.2, max_ratio=0.95)},
+    default_boxes={"default": {320: DefaultBoxGenerator([[2, 3]] * 6, min_ratio=0.2, max_ratio=0.95)}},
 )

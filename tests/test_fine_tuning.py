@@ -14,6 +14,7 @@ import utils
 from coco import scoring
 from engine import checkpoints, optimization, summary
 from tests.conftest import SMALL
+from tests.ssd.test_vgg_weights import features_of
 
 NUM_HEAD_TENSORS = 12  # of the classification head: weights and biases for six feature maps
 
@@ -89,7 +90,7 @@ def test_a_frozen_backbone_stays_as_it_was(train_steps, coco_checkpoint, capsys,
 
 
 def test_a_recipe_does_not_scale_what_was_trained_otherwise(train_steps, coco_checkpoint):
-    with pytest.raises(ValueError, match="another input scaling than imagenet; use --input-scaling caffe"):
+    with pytest.raises(ValueError, match="input scaling caffe, not imagenet; use --input-scaling caffe"):
         train_steps("--recipe", "baseline", "--weights", coco_checkpoint)
 
 
@@ -137,6 +138,70 @@ def test_torchvisions_weights_name_their_model(monkeypatch, name):
         monkeypatch.setitem(ssd.family.MODELS, model, lambda model=model, **settings: built.append(model))
     checkpoints.load_model(name, None)
     assert built == [name.split("_Weights")[0].lower()]
+
+
+@pytest.mark.parametrize("model", [None, "ssd300_resnet18"])
+def test_a_file_of_torchvision_names_its_model_unless_a_flag_does(tmp_path, monkeypatch, model):
+    built = []
+    for name in ssd.family.MODELS:
+        monkeypatch.setitem(ssd.family.MODELS, name, lambda name=name, **settings: built.append(name))
+    path = tmp_path / "ssdlite320_mobilenet_v3_large_coco-a79551df.pth"
+    torch.save({"weight": torch.zeros(1)}, path)
+    checkpoints.load_model(str(path), model)
+    assert built == [model or "ssdlite320_mobilenet_v3_large"]
+    path = path.rename(tmp_path / "vgg16-397923af.pth")
+    with pytest.raises(ValueError, match=r"vgg16-397923af.pth: is of a model that is not known here, 'vgg16'"):
+        checkpoints.load_model(str(path), None)
+
+
+def test_default_boxes_for_voc_through_training_resume_evaluation_and_fine_tuning(
+    train_steps, data_path, tmp_path, capsys
+):
+    """The checkpoint remembers them, so that no later command names them; a bare state dict of it wants the flag."""
+    flags = ["--recipe", "voc", "--model", "ssd300_vgg11", "--batch-size", 2]  # of which SMALL has others
+    trained = train_steps(*flags, steps=1)
+    assert trained["args"]["default_boxes"] == "voc"
+    checkpoint = tmp_path / "checkpoint.pth"
+    resumed = train_steps("--recipe", "caffe", *flags[2:], "--resume", "auto", steps=2)
+    assert resumed["args"]["default_boxes"] == "voc"
+    assert "default-boxes" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--default-boxes voc, this run has coco; they must agree"):
+        train_steps(*flags, "--default-boxes", "coco", "--resume", "auto", steps=3)
+
+    torch.save(resumed["model"], tmp_path / "bare.pth")
+
+    def evaluated(source, *more) -> tuple[str, str]:
+        arguments = ["--checkpoint", source, "--data-path", data_path, "--workers", 0, "--device", "cpu", *more]
+        arguments += ["--output-dir", tmp_path / "evaluation"]
+        evaluate.main(evaluate.get_args_parser().parse_args([str(part) for part in arguments]))
+        return (tmp_path / "evaluation/detections.json").read_text(), capsys.readouterr().out
+
+    expected, console = evaluated(checkpoint)
+    assert "assumed" not in console
+    bare = ["--model", "ssd300_vgg11"]
+    assert evaluated(tmp_path / "bare.pth", *bare, "--default-boxes", "voc")[0] == expected
+    other, console = evaluated(tmp_path / "bare.pth", *bare)
+    assert other != expected
+    for what, value in (("input scaling", "imagenet"), ("default boxes", "coco")):
+        line = f"{tmp_path}/bare.pth: does not tell its {what}; {value} is assumed (--{what.replace(' ', '-')})"
+        assert line in console.splitlines()
+
+    train_steps(*flags[2:], "--weights", checkpoint, "--output-dir", tmp_path / "tuned", steps=1)
+    assert torch.load(tmp_path / "tuned/checkpoint.pth", weights_only=True)["args"]["default_boxes"] == "voc"
+    with pytest.raises(ValueError, match="trained with default boxes voc, not coco; use --default-boxes voc"):
+        train_steps(*flags[2:], "--weights", checkpoint, "--default-boxes", "coco", steps=1)
+
+
+def test_training_says_what_it_assumes_of_weights(train_steps, tmp_path, capsys):
+    """And that a recipe has nothing to subsample; on a network without fc6 and fc7, that a flag has no effect."""
+    path = tmp_path / "my.pth"
+    torch.save(features_of("vgg11"), path)
+    train_steps("--recipe", "caffe", "--model", "ssd300_vgg11", "--batch-size", 1, "--weights-backbone", path, steps=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{path}: does not tell its input scaling; imagenet is assumed (--input-scaling)" in lines
+    assert f"{path}: has no classifier to subsample; fc6 and fc7 begin anew" in lines
+    train_steps("--subsample-fc", "--output-dir", tmp_path / "other", steps=1)
+    assert "--subsample-fc has no effect: ssd300_resnet18 has no fc6 and fc7" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [[], ["--weights", "none"]])
@@ -196,15 +261,21 @@ def test_weight_decay_of_batch_norm_through_training_and_resume(train_steps):
     assert [group["weight_decay"] for group in groups] == [5e-4, 0]
 
 
-def test_flags_for_batch_norm_say_where_there_is_none(capsys):
-    args = train.parse_args(["--norm-weight-decay", "0", "--sync-bn"])
+def test_flags_without_effect_say_so():
+    args = train.parse_args(["--norm-weight-decay", "0", "--sync-bn", "--subsample-fc"])
     args.world_size = 1
     model = ssd.get_model("ssd300_vgg11", weights_backbone=None)
-    lines = list(summary.describe_flags(vars(args), args.lr, has_norm=False))
-    assert lines[:-1] == [
+
+    def lines(**has) -> list[str]:
+        return list(summary.describe_flags(vars(args), args.lr, **has))
+
+    *norm, _ = lines(has_norm=False, has_fc=True)
+    assert norm == [
         f"{flag} has no effect: ssd300_vgg16 has no batch norm" for flag in ("--sync-bn", "--norm-weight-decay")
     ]
-    assert list(summary.describe_flags(vars(args), args.lr, has_norm=True)) == lines[-1:]
+    *fc, _ = lines(has_norm=True, has_fc=False)
+    assert fc == ["--subsample-fc has no effect: ssd300_vgg16 has no fc6 and fc7"]
+    assert len(lines(has_norm=True, has_fc=True)) == 1
     assert len(train.make_optimizer(args, model).param_groups[1]["params"]) == 0
 
 

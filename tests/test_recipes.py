@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torchvision.models import WeightsEnum
 
 import presets
 import ssd
@@ -21,10 +22,13 @@ def built():
     """What a recipe makes of a run of 8 processes, by its name."""
     loaded = []
 
-    def random_weights(source: str) -> dict:
-        loaded.append(source)
+    shapes = {"0.weight": (4096, 512 * 7 * 7), "0.bias": (4096,), "3.weight": (4096, 4096), "3.bias": (4096,)}
+    classifier = {f"classifier.{name}": torch.tensor(0.5).expand(shape) for name, shape in shapes.items()}
+
+    def random_weights(self, **_) -> dict:
+        loaded.append(str(self))
         layers = nn.Sequential(*ssd.backbones.vgg.make_layers(ssd.backbones.vgg.cfgs["D"]))
-        return {f"features.{name}": value for name, value in layers.state_dict().items()}
+        return {f"features.{name}": value for name, value in layers.state_dict().items()} | classifier
 
     def build(name: str) -> dict:
         loaded.clear()
@@ -37,6 +41,10 @@ def built():
         preset = presets.DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
         return {
             "size and boxes": (model.size, len(model.default_boxes)),
+            "side of the smallest box": (model.default_boxes[0, 2] - model.default_boxes[0, 0]).item() / model.size,
+            "fc7 from the classifier": torch.equal(
+                model.state_dict().get("backbone.extra.0.7.3.bias", torch.zeros(0)), torch.full((1024,), 0.5)
+            ),
             "weights": list(loaded),
             "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
             "scaling": (model.image_mean.flatten().tolist(), model.image_std.flatten().tolist()),
@@ -52,7 +60,7 @@ def built():
 
     torch.manual_seed(0)  # whichever tests came before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssd.backbones, "load_state_dict", random_weights)
+        patch.setattr(WeightsEnum, "get_state_dict", random_weights)
         yield {name: build(name) for name in presets.RECIPES}
 
 
@@ -96,7 +104,8 @@ def multi_step(epochs: int, lr: float, milestones: list[int]) -> list[float]:
         ("data_augmentation", "weight_init_and_input_scaling", {"weights", "scaling", "init"}),
         ("weight_init_and_input_scaling", "lr_scheme", {"rates"}),
         ("lr_scheme", "two_thirds", {"rates"}),
-        ("lr_scheme", "caffe", {"augmentation", "rates", "frozen"}),
+        ("lr_scheme", "caffe", {"augmentation", "rates", "frozen", "fc7 from the classifier"}),
+        ("caffe", "voc", {"rates", "side of the smallest box"}),
         ("lr_scheme", "large_batch", {"images per step", "rates"}),
     ],
 )
@@ -114,12 +123,21 @@ def test_neighbours_differ_in_what_the_step_names_alone(built, before, after, ex
         ("lr_scheme", 32, 5e-4, multi_step(120, 0.002, [80, 110])),
         ("two_thirds", 32, 5e-4, multi_step(80, 0.002, [53, 73])),
         ("caffe", 32, 5e-4, multi_step(109, 0.001, [76, 98])),
+        ("voc", 32, 5e-4, multi_step(232, 0.001, [155, 193])),
     ],
 )
 def test_optimizer_and_schedule(built, name, batch, weight_decay, rates):
     assert built[name]["optimizer"] == (torch.optim.SGD, 0.9, False)
     assert (built[name]["images per step"], built[name]["weight decay"]) == (batch, weight_decay)
     assert built[name]["rates"] == pytest.approx(rates)
+
+
+def test_the_schedule_of_voc_is_the_papers_in_steps():
+    """Of 32 of the 16,551 images of 07+12 trainval, to within half an epoch."""
+    values, steps_per_epoch = presets.RECIPES["voc"].values, 16_551 // 32
+    steps = [epochs * steps_per_epoch for epochs in (*values["lr_steps"], values["epochs"])]
+    assert steps == pytest.approx([80_000, 100_000, 120_000], abs=steps_per_epoch / 2)
+    assert values["tuned_for_batch"] == 8 * values["batch_size"] == 32
 
 
 def test_large_batch_scales_the_rate_and_rises_to_it_over_five_epochs(built):
@@ -158,7 +176,9 @@ def test_models_and_inputs(built):
     for name in STUDY[2:]:
         assert transforms[name] == [*geometric, "RandomPhotometricDistort"]
     assert transforms["caffe"] == [geometric[0], "CaffeIoUCrop", geometric[2], "CaffePhotometricDistort"]
-    assert built["caffe"]["frozen"] == []
+    assert built["caffe"]["frozen"] == built["voc"]["frozen"] == []
+    assert built["caffe"]["side of the smallest box"] == pytest.approx(0.07)
+    assert built["voc"]["side of the smallest box"] == pytest.approx(0.1)
     assert transforms["ssdlite"] == ["RandomIoUCrop", "RandomHorizontalFlip"]
     assert built["ssdlite"]["init"] == ["normal"] * 3
     assert built["ssdlite"]["size and boxes"] == (320, 3234)
@@ -205,7 +225,11 @@ def test_the_list_has_every_recipe_with_its_published_map(capsys):
     assert stop.value.code == 0
     table = capsys.readouterr().out
     published = dict(re.findall(r"^(\w+) +(\d\d\.\d)  ", table, re.MULTILINE))
-    assert published == dict(zip(STUDY, ["19.5", "21.1", "22.9", "23.9", "25.1"], strict=True)) | {"ssdlite": "21.3"}
+    assert published == dict(zip(STUDY, ["19.5", "21.1", "22.9", "23.9", "25.1"], strict=True)) | {
+        "voc": "77.2",
+        "ssdlite": "21.3",
+    }
+    assert "of voc by the paper, on VOC2007 test" in table
     assert set(re.findall(r"^(\w+) +(?:\d\d\.\d)?  ", table, re.MULTILINE)) == {"recipe", *presets.RECIPES}
     assert "--lr-steps 53 73" in table
 
@@ -216,6 +240,7 @@ def test_the_list_has_every_recipe_with_its_published_map(capsys):
         *zip(STUDY[1:], STUDY, strict=False),
         ("two_thirds", "lr_scheme"),
         ("caffe", "lr_scheme"),
+        ("voc", "caffe"),
         ("large_batch", "lr_scheme"),
         ("baseline", "lr_scheme"),
         ("ssdlite", "lr_scheme"),

@@ -172,6 +172,7 @@ def test_flags_that_may_change_take_effect_and_are_named(train_to, tmp_path, cap
         (["--norm-weight-decay", 0], "--norm-weight-decay None, this run has 0.0; they must agree"),
         (["--freeze-backbone"], "--freeze-backbone False, this run has True; they must agree"),
         (["--input-scaling", "caffe"], "--input-scaling imagenet, this run has caffe; they must agree"),
+        (["--default-boxes", "voc"], "--default-boxes default, this run has voc; they must agree"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -193,6 +194,8 @@ def first_step(data_path, tmp_path_factory):
     [
         ("input_scaling", "foo"),
         ("input_scaling", ["caffe"]),
+        ("default_boxes", "pascal"),
+        ("default_boxes", None),
         ("trainable_backbone_layers", "x"),
         ("trainable_backbone_layers", 2.5),
     ],
@@ -205,7 +208,7 @@ def test_flags_of_a_checkpoint_that_make_no_sense(train_to, tmp_path, first_step
         train_to(2, tmp_path, "--workers", 0, "--resume", tmp_path / "odd.pth")
 
 
-@pytest.mark.parametrize("name", ["model", "momentum", "world_size", "accumulate"])
+@pytest.mark.parametrize("name", ["model", "momentum", "world_size", "accumulate", "default_boxes"])
 def test_a_checkpoint_that_lacks_a_flag(train_to, tmp_path, first_step, name):
     content = load(first_step)
     del content["args"][name]

@@ -7,7 +7,6 @@ from torchvision.models.detection.image_list import ImageList
 
 import ssd
 from ssd import DefaultBoxGenerator
-from ssd.model import grid_sizes
 
 SSD300_GRIDS = [(38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1)]
 SSD300_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
@@ -73,22 +72,31 @@ def caffe_prior_boxes(size, grids, steps, sides, ratios) -> torch.Tensor:
     return torch.tensor(boxes)
 
 
-def test_ssd512_equals_the_loops_of_caffe():
-    """Sides as in Caffe's SSD512 for COCO: percents of 512 pixels."""
-    sides = [512 * percent / 100 for percent in (4, 10, 26, 42, 58, 74, 90, 106)]
-    ratios = [[2], [2, 3], [2, 3], [2, 3], [2, 3], [2], [2]]
-    expected = caffe_prior_boxes(512, (64, 32, 16, 8, 4, 2, 1), (8, 16, 32, 64, 128, 256, 512), sides, ratios)
-    with torch.device("meta"):
-        grids = grid_sizes(ssd.get_model("ssd512_vgg16", weights_backbone=None).backbone, 512)
-    ours = ssd.default_boxes.CAFFE_DEFAULT_BOXES[512]((512, 512), grids)
-    assert ours.shape == (24564, 4)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
+# sides of the smaller squares and, one further, of the larger, as in Caffe's scripts: percents of the input
+CAFFE_PERCENTS = {
+    ("coco", 300): (7, 15, 33, 51, 69, 87, 105),
+    ("coco", 512): (4, 10, 26, 42, 58, 74, 90, 106),
+    ("voc", 300): (10, 20, 37, 54, 71, 88, 105),
+    ("voc", 512): (7, 15, 30, 45, 60, 75, 90, 105),
+}
+
+
+@pytest.mark.parametrize(("name", "size"), CAFFE_PERCENTS)
+def test_those_of_vgg_equal_the_loops_of_caffe(name, size):
+    sides = [size * percent / 100 for percent in CAFFE_PERCENTS[name, size]]
+    ratios = [[2], *([2, 3] for _ in range(len(sides) - 4)), [2], [2]]
+    steps = {300: (8, 16, 32, 64, 100, 300), 512: (8, 16, 32, 64, 128, 256, 512)}[size]
+    grids = {300: (38, 19, 10, 5, 3, 1), 512: (64, 32, 16, 8, 4, 2, 1)}[size]
+    expected = caffe_prior_boxes(size, grids, steps, sides, ratios)
+    model = ssd.get_model(f"ssd{size}_vgg11", weights_backbone=None, num_classes=2, default_boxes=name)
+    assert model.default_boxes.shape == ({300: 8732, 512: 24564}[size], 4)
+    torch.testing.assert_close(model.default_boxes, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [300, 512])
 def test_the_guess_is_close_to_caffe(size):
     """Every box of the guess has the scale of Caffe's within a tenth, and the same proportions."""
-    caffe = ssd.default_boxes.CAFFE_DEFAULT_BOXES[size]
+    caffe = ssd.default_boxes.CAFFE_DEFAULT_BOXES["coco"][size]
     steps = [8, 16, 32, 64, 100, 300] if size == 300 else [8, 16, 32, 64, 128, 256, 512]
     guess = ssd.guess_default_boxes([(-(-size // step),) * 2 for step in steps])
     assert guess.aspect_ratios == caffe.aspect_ratios

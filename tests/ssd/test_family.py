@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torchvision.models import get_model, mobilenet_v3_large
+from torchvision.models import WeightsEnum, get_model, mobilenet_v3_large
 from torchvision.models.detection import ssd as torchvision_ssd
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator as TorchvisionGenerator
@@ -13,7 +13,7 @@ from torchvision.models.detection.ssdlite import _mobilenet_extractor
 
 import ssd
 import train
-from ssd.family import build, scaling_of_backbone
+from ssd.family import build
 from tests.conftest import float64, use_float64
 
 NUM_CLASSES = 7
@@ -257,20 +257,6 @@ def test_new_layers_begin_as_named():
         assert bool(model.head.regression_head.module_list[0].bias.abs().max() > 0) == has_bias
 
 
-@pytest.mark.parametrize(
-    ("weights", "scaling"),
-    [
-        ("VGG16_Weights.IMAGENET1K_FEATURES", "caffe"),
-        ("VGG16_Weights.IMAGENET1K_V1", "imagenet"),
-        ("ResNet50_Weights.IMAGENET1K_V2", "imagenet"),
-        ("vgg16.pth", None),
-        (None, None),
-    ],
-)
-def test_weights_of_torchvision_tell_their_input_scaling(weights, scaling):
-    assert scaling_of_backbone(weights) == scaling
-
-
 @pytest.fixture(scope="module")
 def coco_weights(tmp_path_factory):
     """A model of 91 classes, as a state dict."""
@@ -343,15 +329,15 @@ def test_an_input_scaling_that_contradicts_the_checkpoint(tmp_path, content, sca
     content |= {"model": make("ssd300_resnet18").state_dict(), "version": ssd.VERSION}
     ssd.save_file(content, tmp_path / "model.pth")
     told = content["args"]["input_scaling"]
-    with pytest.raises(ValueError, match=rf"another input scaling than {scaling}; use --input-scaling {told}"):
+    with pytest.raises(ValueError, match=rf"input scaling {told}, not {scaling}; use --input-scaling {told}"):
         make("ssd300_resnet18", weights=str(tmp_path / "model.pth"), input_scaling=scaling)
     assert make("ssd300_resnet18", weights=str(tmp_path / "model.pth"), input_scaling=told).input_scaling == told
 
 
 def test_an_input_scaling_that_contradicts_torchvisions_weights(monkeypatch):
     """As recipes before the fourth step of the study would have it."""
-    weights = {"model": make("ssd300_vgg16", num_classes=91).state_dict()}
-    monkeypatch.setattr(ssd.family, "load_weights", lambda source: weights)
+    state_dict = make("ssd300_vgg16", num_classes=91).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: state_dict)
     settings = {"weights": "SSD300_VGG16_Weights.COCO_V1", "num_classes": 3}
     with pytest.raises(ValueError, match="use --input-scaling caffe"):
         ssd.get_model("ssd300_vgg16", input_scaling="imagenet", **settings)
@@ -366,9 +352,7 @@ def test_a_size_without_layers():
 def test_a_checkpoint_with_an_unknown_input_scaling(tmp_path):
     content = {"model": make("ssd300_resnet18").state_dict(), "args": {"input_scaling": ["caffe"]}}
     ssd.save_file(content | {"version": ssd.VERSION}, tmp_path / "model.pth")
-    with pytest.raises(
-        ValueError, match=r"model.pth: damaged: it was trained with an unknown input scaling, \['caffe'\]"
-    ):
+    with pytest.raises(ValueError, match=r"model.pth: damaged: it was trained with unknown input scaling, \['caffe'\]"):
         ssd.get_model("ssd300_resnet18", weights=str(tmp_path / "model.pth"))
 
 
@@ -379,3 +363,115 @@ def test_a_checkpoint_tells_its_input_scaling(tmp_path, scaling):
     model = ssd.get_model("ssd300_resnet18", weights=str(tmp_path / "model.pth"))
     assert model.input_scaling == scaling
     assert model.image_mean.flatten().tolist() == pytest.approx([255 * x for x in ssd.INPUT_SCALINGS[scaling][0]])
+
+
+def smallest_side(model: ssd.SSD) -> float:
+    """Of the first default box, as a share of the image."""
+    return ((model.default_boxes[0, 2] - model.default_boxes[0, 0]) / model.size).item()
+
+
+SMALLEST = {300: {"coco": 0.07, "voc": 0.1}, 512: {"coco": 0.04, "voc": 0.07}}
+
+
+@pytest.mark.parametrize("name", ["ssd300_vgg16", "ssd300_vgg11_bn", "ssd512_vgg13"])
+def test_default_boxes_by_name(name):
+    for asked, expected in (("default", "coco"), ("coco", "coco"), ("voc", "voc")):
+        model = make(name, default_boxes=asked)
+        assert model.default_boxes_name == expected
+        assert smallest_side(model) == pytest.approx(SMALLEST[model.size][expected])
+        assert model.notes == []
+
+
+@pytest.mark.parametrize("name", ["ssd300_resnet18", "ssd512_resnet50", "ssdlite320_mobilenet_v3_large"])
+@pytest.mark.parametrize("asked", ["voc", "coco"])
+def test_default_boxes_of_caffe_are_for_a_vgg(name, asked):
+    assert make(name).default_boxes_name == "default"
+    with pytest.raises(ValueError, match=rf"^the default boxes '{asked}' are for a VGG; use --default-boxes default$"):
+        make(name, default_boxes=asked)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Saves a model of SSD300 with VGG11 with what a checkpoint tells of its flags, by the name of a file."""
+    state_dict = make("ssd300_vgg11", num_classes=91).state_dict()
+    folder = tmp_path_factory.mktemp("saved")
+
+    def save(args: dict | None, name: str = "model.pth") -> str:
+        path = folder / name
+        ssd.save_file(state_dict if args is None else {"model": state_dict, "args": args}, path)
+        return str(path)
+
+    return save
+
+
+@pytest.mark.parametrize("num_classes", [None, 91, 21])
+@pytest.mark.parametrize("boxes", ["coco", "voc"])
+def test_a_checkpoint_tells_its_default_boxes(saved, boxes, num_classes):
+    weights = saved({"default_boxes": boxes, "input_scaling": "caffe"})
+    for asked in ("default", boxes):
+        model = make("ssd300_vgg11", weights=weights, default_boxes=asked, num_classes=num_classes)
+        assert model.default_boxes_name == boxes
+        assert smallest_side(model) == pytest.approx(SMALLEST[300][boxes])
+        assert model.notes == []
+    other = "voc" if boxes == "coco" else "coco"
+    fault = rf"model.pth: was trained with default boxes {boxes}, not {other}; use --default-boxes {boxes}$"
+    with pytest.raises(ValueError, match=fault):
+        make("ssd300_vgg11", weights=weights, default_boxes=other)
+
+
+@pytest.mark.parametrize("value", ["pascal", ["voc"], {}, 0, 0.1, "", False])
+@pytest.mark.parametrize("flag", ["default_boxes", "input_scaling"])
+def test_a_checkpoint_that_tells_nonsense(saved, flag, value):
+    weights = saved({"input_scaling": "caffe", "default_boxes": "coco"} | {flag: value})
+    with pytest.raises(
+        ValueError, match=rf"model.pth: damaged: it was trained with unknown {flag.replace('_', ' ')}, "
+    ):
+        make("ssd300_vgg11", weights=weights)
+
+
+def test_what_a_state_dict_does_not_tell_is_noted_where_it_is_assumed(saved):
+    weights = saved(None)
+    model = make("ssd300_vgg11", weights=weights)
+    assert (model.input_scaling, model.default_boxes_name) == ("imagenet", "coco")
+    assert model.notes == [
+        f"{weights}: does not tell its input scaling; imagenet is assumed (--input-scaling)",
+        f"{weights}: does not tell its default boxes; coco is assumed (--default-boxes)",
+    ]
+    asked = {"input_scaling": "caffe", "default_boxes": "voc"}
+    model = make("ssd300_vgg11", weights=weights, **asked)
+    assert (model.input_scaling, model.default_boxes_name, model.notes) == ("caffe", "voc", [])
+    (note,) = make("ssd300_vgg11", weights=saved({"input_scaling": "caffe"})).notes
+    assert "default boxes" in note
+
+
+def test_where_there_is_no_choice_nothing_is_assumed(coco_weights):
+    (note,) = make("ssd300_resnet18", weights=str(coco_weights), num_classes=None).notes
+    assert "input scaling" in note
+    assert make("ssd300_resnet18").notes == []
+
+
+def test_a_whole_model_of_torchvision_tells_by_the_name_of_its_file(tmp_path):
+    for name, file, expected in (
+        ("ssd300_vgg16", "ssd300_vgg16_coco-b556d3b4.pth", ("caffe", "coco")),
+        ("ssdlite320_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large_coco-a79551df.pth", ("tensorflow", "default")),
+    ):
+        torch.save(make(name).state_dict(), tmp_path / file)
+        model = make(name, weights=str(tmp_path / file))
+        assert (model.input_scaling, model.default_boxes_name, model.notes) == (*expected, [])
+        with pytest.raises(
+            ValueError, match=rf"{file}: was trained with input scaling {expected[0]}, not imagenet; use"
+        ):
+            make(name, weights=str(tmp_path / file), input_scaling="imagenet")
+    with pytest.raises(ValueError, match="was trained with default boxes coco, not voc; use --default-boxes coco"):
+        make("ssd300_vgg16", weights=str(tmp_path / "ssd300_vgg16_coco-b556d3b4.pth"), default_boxes="voc")
+
+
+def test_a_checkpoint_knows_better_than_the_name_of_its_file(saved):
+    weights = saved({"input_scaling": "imagenet", "default_boxes": "voc"}, "ssd300_vgg16_coco-b556d3b4.pth")
+    model = make("ssd300_vgg11", weights=weights)
+    assert (model.input_scaling, model.default_boxes_name, model.notes) == ("imagenet", "voc", [])
+
+
+def test_a_checkpoint_of_a_vgg_is_none_of_a_resnet_whatever_its_boxes(saved):
+    with pytest.raises(ValueError, match="not the weights of this model"):
+        make("ssd300_resnet18", weights=saved({"default_boxes": "voc", "input_scaling": "caffe"}))

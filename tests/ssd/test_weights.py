@@ -1,12 +1,14 @@
 import argparse
 import os
+import re
 import urllib.error
 
 import pytest
 import torch
-from torchvision.models import vgg
+from torchvision.models import WeightsEnum, get_model, resnet18, vgg
 
 import ssd
+from tests.ssd.test_vgg_weights import features_of
 
 
 @pytest.fixture
@@ -37,15 +39,116 @@ def test_whole_model_from_a_state_dict_and_from_torchvisions_checkpoint(tmp_path
     assert all(torch.equal(model.state_dict()[name], value) for name, value in source.state_dict().items())
 
 
+WRAPS = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+
+
+@pytest.mark.parametrize("prefix", WRAPS)
+@pytest.mark.parametrize("nest", [lambda state_dict: state_dict, lambda state_dict: {"model": state_dict, "epoch": 3}])
+def test_prefixes_of_wrappers_are_dropped(tmp_path, prefix, nest):
+    """Of a whole model and of a backbone, in a state dict and in a checkpoint."""
+    source = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=5)
+    path = tmp_path / "model.pth"
+    torch.save(nest({prefix + name: value for name, value in source.state_dict().items()}), path)
+    model = ssd.get_model("ssd300_resnet18", weights=str(path))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in source.state_dict().items())
+    source = resnet18()
+    torch.save(nest({prefix + name: value for name, value in source.state_dict().items()}), path)
+    model = ssd.get_model("ssd300_resnet18", weights_backbone=str(path))
+    assert torch.equal(model.backbone.features[0][0].weight, source.conv1.weight)
+    assert torch.equal(model.backbone.extra[1][1].bn2.weight, source.layer4[1].bn2.weight)
+
+
+def test_a_prefix_that_some_names_lack_is_none(tmp_path):
+    state_dict = {f"module.{name}": value for name, value in resnet18().state_dict().items()}
+    torch.save(state_dict | {"bias": torch.zeros(1)}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"the file has 123 keys: module.conv1.weight, module.bn1.weight, "):
+        ssd.get_model("ssd300_resnet18", weights_backbone=str(tmp_path / "odd.pth"))
+
+
 def test_weights_of_another_model(tmp_path):
     torch.save(ssd.get_model("ssd300_resnet18", weights_backbone=None).state_dict(), tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=r"model.pth: not the weights of this model: Missing key"):
+    keys = r"the file has \d+ keys: backbone.features.0.0.weight, .*, \.\.\.$"
+    with pytest.raises(ValueError, match=rf"model.pth: not the weights of this model: Missing key.*; {keys}"):
         ssd.get_model("ssd300_vgg16", weights=str(tmp_path / "model.pth"))
+    with pytest.raises(
+        ValueError, match=rf"model.pth: not the weights of this model: Missing.*features\.0\..*; {keys}"
+    ):
+        ssd.get_model("ssd300_vgg16", weights_backbone=str(tmp_path / "model.pth"))
 
 
 def test_weights_of_no_detector(vgg_file):
-    with pytest.raises(ValueError, match=r"vgg.pth: not the weights of an SSD model"):
+    keys = "the file has 27 keys: features.0.weight, features.0.bias, features.2.weight, ..."
+    fault = "not the weights of an SSD model (it has no classification head)"
+    with pytest.raises(ValueError, match=re.escape(f"vgg.pth: {fault}; {keys}")):
         ssd.get_model("ssd300_vgg16", weights=str(vgg_file))
+
+
+@pytest.mark.parametrize("flag", ["weights", "weights_backbone"])
+@pytest.mark.parametrize(
+    ("nest", "keys"),
+    [
+        (lambda s: {"state_dict": s}, "it has 1 key: state_dict"),
+        (lambda s: {"epoch": 3, "model_state_dict": s}, "it has 2 keys: epoch, model_state_dict"),
+        (lambda s: {"model": {"net": s, 7: 1, "lr": 0.1, "x": 2}}, "it has 4 keys: net, 7, lr, ..."),
+    ],
+)
+def test_another_container_than_a_checkpoint_is_named_by_its_keys(tmp_path, flag, nest, keys):
+    path = tmp_path / "model.pth"
+    torch.save(nest(resnet18().state_dict()), path)
+    with pytest.raises(ValueError, match=f"model.pth: expected a state dict, .*; {keys}$"):
+        ssd.get_model("ssd300_resnet18", **{flag: str(path)})
+
+
+@pytest.mark.parametrize("flag", ["weights", "weights_backbone"])
+def test_the_keys_that_an_error_names_are_few_and_in_one_line(tmp_path, flag):
+    torch.save({f"{i}\n{'x' * 500}": torch.zeros(1) for i in range(9)}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="the file has 9 keys: ") as error:
+        ssd.get_model("ssd300_resnet18", **{flag: str(tmp_path / "model.pth")})
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+    torch.save({}, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match="the file has 0 keys"):
+        ssd.get_model("ssd300_resnet18", **{flag: str(tmp_path / "empty.pth")})
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "published", "scaling"),
+    [
+        ("ssd300_vgg16", "vgg16-397923af.pth", "VGG16_Weights.IMAGENET1K_V1", "imagenet"),
+        ("ssd300_vgg16", "vgg16_features-amdegroot-88682ab5.pth", "VGG16_Weights.IMAGENET1K_FEATURES", "caffe"),
+        ("ssd300_vgg19_bn", "vgg19_bn-c79401a0.pth", "VGG19_BN_Weights.IMAGENET1K_V1", "imagenet"),
+        ("ssd300_resnet18", "resnet18-f37072fd.pth", "ResNet18_Weights.IMAGENET1K_V1", "imagenet"),
+        ("ssd300_resnet50", "resnet50-11ad3fa6.pth", "ResNet50_Weights.IMAGENET1K_V2", "imagenet"),
+    ],
+)
+def test_a_file_of_torchvision_tells_the_input_scaling_as_its_enum_does(
+    tmp_path, monkeypatch, model, name, published, scaling
+):
+    backbone = model.partition("_")[2]
+    state_dict = features_of(backbone) if "vgg" in backbone else get_model(backbone, weights=None).state_dict()
+    torch.save(state_dict, tmp_path / name)
+    torch.save(state_dict, tmp_path / "my.pth")
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: state_dict)
+    by_path, by_name = (
+        ssd.get_model(model, weights_backbone=one, num_classes=2) for one in (str(tmp_path / name), published)
+    )
+    assert by_path.input_scaling == by_name.input_scaling == scaling
+    assert by_path.notes == by_name.notes == []
+    unknown = ssd.get_model(model, weights_backbone=str(tmp_path / "my.pth"), num_classes=2)
+    usual = "caffe" if "vgg16" in model else "imagenet"
+    assert unknown.input_scaling == usual
+    assert unknown.notes == [
+        f"{tmp_path}/my.pth: does not tell its input scaling; {usual} is assumed (--input-scaling)"
+    ]
+    asked = ssd.get_model(model, weights_backbone=str(tmp_path / "my.pth"), num_classes=2, input_scaling="tensorflow")
+    assert (asked.input_scaling, asked.notes) == ("tensorflow", [])
+
+
+def test_the_map_of_torchvisions_files_has_them_all():
+    for source in ("SSD300_VGG16_Weights.COCO_V1", "VGG11_BN_Weights.DEFAULT", "EfficientNet_B0_Weights.IMAGENET1K_V1"):
+        enum = ssd.find_published(source)
+        assert ssd.find_published(f"/anywhere/{enum.url.rpartition('/')[2]}") is enum
+    assert ssd.find_published("vgg16.pth") is None
 
 
 class Malicious:
@@ -91,7 +194,7 @@ def test_missing_file():
 
 def test_unknown_enum_name():
     with pytest.raises(ValueError, match=r"SSD300_VGG16_Weights.COCO_V9: torchvision has no weights of this name"):
-        ssd.load_state_dict("SSD300_VGG16_Weights.COCO_V9")
+        ssd.get_model("ssd300_vgg16", weights="SSD300_VGG16_Weights.COCO_V9")
 
 
 def test_impossible_download_says_what_to_put_where(tmp_path, monkeypatch):
