@@ -120,15 +120,15 @@ class Check:
         """The first that cannot be mended; what can be is mended in the entry."""
         if type(entry) is not dict:
             return f"is {reprlib.repr(entry)}, not an object"
-        for name, rule in entry_rules.items():
+        for name, (is_valid, expected, mend, note) in entry_rules.items():
             value = entry.get(name)
-            if rule.is_valid(value):
+            if is_valid(value):
                 continue
-            mended = rule.mend(value)
-            if mended is value or not rule.is_valid(mended):
+            mended = mend(value)
+            if mended is value or not is_valid(mended):
                 found = f"{name} {reprlib.repr(value)}" if name in entry else f"no {name}"
-                return f"has {found}; it must be {rule.expected}"
-            self.mended[table, name, rule.note].append(value)
+                return f"has {found}; it must be {expected}"
+            self.mended[table, name, note].append(value)
             entry[name] = mended
         return None
 
@@ -178,10 +178,9 @@ class Check:
         """Gives ids to the annotations that have none that the scorers can use."""
         seen, without = set(), []
         for one in annotations:
-            annotation_id = as_integer(one.get("id"))
+            one["id"] = annotation_id = as_integer(one.get("id"))
             if rules.is_annotation_id(annotation_id) and annotation_id not in seen:
                 seen.add(annotation_id)
-                one["id"] = annotation_id
             else:
                 without.append(one)
         new_ids = count(1 + max(seen, default=0))

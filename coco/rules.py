@@ -70,7 +70,7 @@ def is_annotation_id(value) -> bool:
 
 def is_any_id(value) -> bool:
     """An annotation's, which may be anything that programs number things by, or missing."""
-    return value is None or type(as_integer(value)) in (int, str)
+    return type(value) in (int, str) or value is None or type(as_integer(value)) is int
 
 
 def is_side(value) -> bool:

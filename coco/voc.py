@@ -34,8 +34,10 @@ class VocSets:
 
     @property
     def path(self) -> Path:
-        folder, name = self.sets[0]
-        return self.root / folder / LISTS / f"{name}.txt" if len(self.sets) == 1 and name else self.root
+        """Of the list of images; for several of them no file, but a name to tell them by."""
+        folders, names = zip(*self.sets, strict=True)
+        folder = self.root / "+".join(folders)
+        return folder / LISTS / f"{names[0]}.txt" if names[0] else folder / "Annotations"
 
     def load(self) -> Content:
         folders = voc_folders(self.root)

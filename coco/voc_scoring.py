@@ -85,6 +85,6 @@ def format_lines(scores: dict) -> str:
     """Both means, in the form of COCO's table."""
     texts = {key: "n/a" if scores[key] is None else f"{scores[key]:.3f}" for key in ("AP11", "AP")}
     return "\n".join(
-        f" Pascal VOC's AP          @[ IoU=0.50      | {points:>9} of recall          ] = {texts[key]}"
-        for key, points in (("AP11", "11 points"), ("AP", "all points"))
+        f" {'Pascal VOC         (AP)':23} @[ IoU=0.50      | {points:>25} ] = {texts[key]}"
+        for key, points in (("AP11", "11 points of recall"), ("AP", "all points of recall"))
     )

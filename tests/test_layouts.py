@@ -45,7 +45,7 @@ def test_a_data_set_is_recognised_trained_and_evaluated(layout, tmp_path, capsys
     assert console.startswith(f"{root}: the layout of {name}")
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["counts"]["images"] in (1, 2, 3)
-    assert ("VOC" in metrics) == (name == "Pascal VOC") == ("Pascal VOC's AP" in console)
+    assert ("VOC" in metrics) == (name == "Pascal VOC") == ("Pascal VOC         (AP) @[ IoU=0.50" in console)
     args = parse(*flags)
     check_data.check_data(evaluate.find_splits(args, "train", "val"), workers=0, loader_timeout=0)
     assert capsys.readouterr().out.endswith("No faults\n")
