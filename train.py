@@ -221,9 +221,7 @@ def main(args: argparse.Namespace) -> None:
         torch.backends.cudnn.benchmark = not args.use_deterministic_algorithms
 
         splits = evaluate.find_splits(args, "train", "val")
-        opened = [split.open(output_dir / "annotations") for split in splits.values()]
-        annotations, val_annotations = coco.agree_on_groups(*opened)
-        coco.check_same_classes(annotations.classes, annotations.path, val_annotations)
+        annotations, val_annotations = coco.open_splits(splits, output_dir / "annotations")
         found = checkpoints.find_checkpoint(args.resume, output_dir)
         if found is not None:
             vars(args).update(resuming.agree(vars(args), found))
@@ -292,8 +290,7 @@ if __name__ == "__main__":
     with failures.one_line_errors():
         arguments = parse_args()
         if arguments.check_data:
-            splits = evaluate.find_splits(arguments, "train", "val")
-            check_data(splits, arguments.workers, arguments.loader_timeout)
+            check_data(evaluate.find_splits(arguments, "train", "val"), arguments.workers, arguments.loader_timeout)
         elif arguments.test_only:
             evaluate.evaluate_as_trained(arguments)
         else:

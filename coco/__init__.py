@@ -26,7 +26,7 @@ from .layouts import find_splits
 from .objects import is_object, objects_of_image
 from .rules import DataError
 from .shared_files import SharedFiles, hold_in_memory
-from .sources import Split
+from .sources import Split, open_splits
 
 __all__ = [
     "SUFFIXES",
@@ -45,6 +45,7 @@ __all__ = [
     "load_or_skip",
     "load_upright",
     "objects_of_image",
+    "open_splits",
     "parse_annotations",
     "read_annotations",
     "scoring",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import utils
 
-from .annotations import Source, parse_annotations, read_annotations
+from .annotations import Source, agree_on_groups, check_same_classes, parse_annotations, read_annotations
 from .index import CocoAnnotations, HeldOut
 from .rules import DataError
 
@@ -60,3 +60,14 @@ class Split:
             raise DataError(
                 f"{annotations.path}: has no list of annotations; evaluate.py --checkpoint can detect on its images"
             )
+
+
+def open_splits(splits: dict[str, Split], index_dir: Path) -> tuple[CocoAnnotations, CocoAnnotations]:
+    """The annotations of ``train`` and ``val``, see ``Split.open``.
+
+    Raises:
+        ValueError: as there, or they have different classes.
+    """
+    train, val = agree_on_groups(*(splits[name].open(index_dir) for name in ("train", "val")))
+    check_same_classes(train.classes, train.path, val)
+    return train, val
