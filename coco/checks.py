@@ -134,11 +134,12 @@ class Check:
 
     def find_files(self, images: list[dict]) -> None:
         """Puts the names that files have in the place of those that are spelled otherwise."""
+        folder = self.images_dir.absolute()  # of which a name may have the last part in front
         for image in images:
             written = image["file_name"]
-            if is_odd(written, self.images_dir) and (found := find_name(self.images_dir, written)) != written:
+            if is_odd(written, folder) and (found := find_name(folder, written)) != written:
                 image["file_name"] = found
-                self.files.append((self.images_dir / found).parent)  # which changes when the file is renamed
+                self.files.append((folder / found).parent)  # which changes when the file is renamed
                 self.mended["images", "file_name", "not as the files are named, such as {}: found all the same"].append(
                     written
                 )

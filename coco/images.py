@@ -34,6 +34,7 @@ OTHER_KINDS = (
     (4, b"ftyp", "a video"),
     (0, b"RIFF", "a RIFF file, but no WebP image"),
 )
+LONGEST_START = 64
 WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "F")  # of more than 8 bits; Pillow would clip them
 BITS_PER_SAMPLE = 258  # the tag of TIFF
 ORIENTATION = 0x0112  # the tag of EXIF for how a camera was held
@@ -88,10 +89,11 @@ def open_image(file: Path | io.BytesIO, where: str, whole: bool = True) -> Itera
 
 def kind_of(file: Path | io.BytesIO) -> str:
     """In words, what a file is that is no image that can be read."""
-    content = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
-    if not content:
+    with io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else open(file, "rb") as opened:
+        start = opened.read(LONGEST_START)
+    if not start:
         return "empty"
-    known = (kind for at, mark, kind in OTHER_KINDS if content[at:].lstrip().startswith(mark))
+    known = (kind for at, mark, kind in OTHER_KINDS if start[at:].lstrip().startswith(mark))
     return f"{next(known, 'of an unknown kind')}, none of {', '.join(FORMATS)}"
 
 

@@ -242,6 +242,14 @@ def test_names_that_are_spelled_otherwise_are_found(write, tmp_path, written, fo
         assert f"the file_name of 1 images is not as the files are named, such as {other!r}: found" in note_of(a)
 
 
+def test_the_image_folder_may_be_the_current_one(write, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (100, 80)).save(tmp_path / "images/1.png")
+    path = write([annotation(1)], images=[image(1) | {"file_name": "images/1.png"}])
+    monkeypatch.chdir(tmp_path / "images")
+    assert read_annotations(path, images_dir=".").file_name(0) == "1.png"
+
+
 @pytest.mark.parametrize("name", ["a\\1.png", "images\\1.png", "\u00e9.png", "images/1.png"])
 def test_a_file_that_has_the_very_name_is_taken(write, tmp_path, name):
     folder = tmp_path / "images"
