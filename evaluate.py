@@ -24,7 +24,7 @@ import ssd
 import utils
 from coco import CocoAnnotations, Split, scoring
 from coco_utils import CocoEvalDataset
-from engine import checkpoints, execution, failures, flags, inference
+from engine import checkpoints, execution, failures, flags, inference, output
 from engine.inference import Inference
 from presets import DetectionPresetEval
 from view import own_images, reports
@@ -67,6 +67,8 @@ def make_infer(args: argparse.Namespace, device: torch.device) -> Callable[..., 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Scores ``--checkpoint`` or ``--detections`` on the validation set."""
+    files = ["metrics.json", *(["detections.json"] if args.detections is None else [])]
+    output.prepare(Path(args.output_dir), files, folders=["pictures"] if args.pictures else [])
     needs_images = args.checkpoint is not None or args.pictures > 0
     split = find_splits(args, "val", needs_images=needs_images)["val"]
     index_dir = Path(args.output_dir) / "annotations"
@@ -101,20 +103,19 @@ def read_detections(args: argparse.Namespace, annotations: CocoAnnotations) -> I
 
 
 def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: Path, found: Inference) -> None:
-    """Scores, prints, and writes ``--output-dir``."""
+    """Writes ``--output-dir``, the detections before they are scored, and prints the scores."""
+    output_dir = Path(args.output_dir)
+    if args.detections is None:
+        scoring.write_results(output_dir / "detections.json", found.detections)
     if not annotations.has_annotations:
-        scoring.write_results(Path(args.output_dir) / "detections.json", found.detections)
-        print(f"{annotations.path} has no annotations: nothing to score; the detections are in {args.output_dir}")
+        print(f"{annotations.path} has no annotations: nothing to score; the detections are in {output_dir}")
         return
     start = time.perf_counter()
     scores = inference.score(annotations, found, args.scorer)
-    print(inference.describe(found, scores.metrics, time.perf_counter() - start))
-    print(scoring.format_class_table(scores.metrics))
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    seconds = time.perf_counter() - start
     (output_dir / "metrics.json").write_text(json.dumps(scores.metrics, indent=2) + "\n")
-    if args.detections is None:
-        scoring.write_results(output_dir / "detections.json", found.detections)
+    print(inference.describe(found, scores.metrics, seconds))
+    print(scoring.format_class_table(scores.metrics))
     if args.pictures:
         diagnosis = scoring.diagnose(annotations, found.detections)
         rows = reports.choose_images(annotations, diagnosis, args.pictures, args.pictures_by)
@@ -129,6 +130,7 @@ def detect_on_images(args: argparse.Namespace, device: torch.device) -> None:
     if args.checkpoint is None or args.val_loss or args.pictures:
         raise ValueError("--images has no ground truth and draws all: give --checkpoint, no --val-loss, no --pictures")
     output_dir = Path(args.output_dir)
+    output.prepare(output_dir, ["detections.json"], folders=["pictures"])
     paths = own_images.find_images(args.images, output_dir)
     model, classes = open_model(args, device)
     names = own_images.class_names(classes, model.num_classes)
@@ -200,5 +202,5 @@ def evaluate_as_trained(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with failures.one_line_errors():
+    with failures.one_line_errors(flags.names_of(get_args_parser())):
         main(get_args_parser().parse_args())

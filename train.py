@@ -25,7 +25,7 @@ import presets
 import ssd
 import utils
 from coco_utils import CocoTrainDataset, EpochBatchSampler
-from engine import checkpoints, execution, failures, flags, loading, optimization, resuming, summary
+from engine import checkpoints, execution, failures, flags, loading, optimization, output, resuming, summary
 from engine.check_data import check_data
 from engine.checkpoints import Checkpoints
 from engine.divergence import Divergence
@@ -215,6 +215,7 @@ def main(args: argparse.Namespace) -> None:
     with Interruption(output_dir, args.time_limit) as interruption:
         device = utils.init_distributed(args.device, args.dist_timeout)
         interruption.refuse_restart()
+        output.prepare(output_dir)
         args.world_size = utils.world_size()
         torch.manual_seed(args.seed)
         torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
@@ -287,7 +288,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with failures.one_line_errors():
+    with failures.one_line_errors(flags.names_of(get_args_parser())):
         arguments = parse_args()
         if arguments.check_data:
             check_data(evaluate.find_splits(arguments, "train", "val"), arguments.workers, arguments.loader_timeout)

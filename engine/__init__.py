@@ -13,6 +13,7 @@ stopping.py        how a run ends early, on all processes alike, for the reasons
 interruption.py    signals and the clock
 divergence.py      numbers that are not finite
 failures.py        what a run says when it ends early, and its exit codes
+output.py          a console that cannot fail, and a folder that is tried before anything is computed
 run.py             when a run evaluates, saves and ends
 summary.py         what a run says about itself when it begins
 run_log.py         console, ``metrics.jsonl``, TensorBoard

@@ -73,6 +73,11 @@ def add_recipe(parser: argparse.ArgumentParser, names: Iterable[str], default: s
     )
 
 
+def names_of(parser: argparse.ArgumentParser) -> set[str]:
+    """What the flags of a script are called."""
+    return {name for action in parser._actions for name in action.option_strings}
+
+
 def add_groups(parser: argparse.ArgumentParser) -> Groups:
     """A group of flags for each of ``GROUPS``; those that stay empty are not shown."""
     return {title: parser.add_argument_group(title) for title in GROUPS}

@@ -34,7 +34,8 @@ class Interruption:
         self.received, self.received_at = 0, 0.0
         self.is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if not self.is_restart:
-            self.marker.unlink(missing_ok=True)  # of an earlier run, even if this one fails before it begins
+            with contextlib.suppress(OSError):  # that it cannot write there, the run will say
+                self.marker.unlink(missing_ok=True)  # of an earlier run, even if this one fails before it begins
 
     def __enter__(self):
         self.earlier = {number: signal.getsignal(number) for number in SIGNALS}
@@ -70,7 +71,7 @@ class Interruption:
             hint = "; once more to stop at once, without" if number == signal.SIGINT else ""
             text = f"{signal.Signals(number).name}: stopping after this step, with a checkpoint{hint}\n"
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(sys.__stderr__.fileno(), text.encode())  # print() may be what was interrupted
+                os.write(sys.stderr.fileno(), text.encode())  # print() may be what was interrupted
 
     def vote(self) -> int:
         """Why this process wants to stop: the number of a signal, or ``TIME_IS_UP``; 0 if it does not."""

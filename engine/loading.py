@@ -43,10 +43,10 @@ class Loader(DataLoader):
         self.patience = patience
 
     def __iter__(self) -> Iterator:
-        with at_most(self.patience):
+        with at_most(self.patience), system_errors_named(self.num_workers):
             iterator = super().__iter__()
         while True:
-            with at_most(self.patience), lost_workers_named():
+            with at_most(self.patience), system_errors_named(self.num_workers):
                 batch = next(iterator, None)
             if batch is None:
                 return
@@ -63,7 +63,8 @@ def make_loader(dataset: Dataset, workers: int, patience: float, *, pin_memory: 
     if workers:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torchvision"])  # so that a worker need not import them
-        start_fork_server()
+        with system_errors_named(workers):
+            start_fork_server()
     return Loader(
         dataset,
         patience,
@@ -137,12 +138,23 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def lost_workers_named() -> Iterator[None]:
-    """Says it as the DataLoader does where a worker died as it handed over a batch, before the DataLoader noticed."""
+def system_errors_named(workers: int) -> Iterator[None]:
+    """Says of an error of the system that it is one of the ``workers``: that they cannot start, or hand a batch over.
+
+    A worker that died as it handed over a batch, before the DataLoader noticed, is reported as the DataLoader does. An
+    error from within a worker, which comes with a text alone, stays what it is.
+
+    Raises:
+        RuntimeError: in the place of an OSError or EOFError.
+    """
     try:
         yield
-    except (ConnectionError, EOFError, FileNotFoundError) as error:
-        raise RuntimeError("DataLoader worker exited unexpectedly") from error
+    except (OSError, EOFError) as error:
+        if not workers or "in DataLoader worker process" in str(error):
+            raise
+        if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
+            raise RuntimeError("DataLoader worker exited unexpectedly") from error
+        raise RuntimeError(f"DataLoader workers cannot start, or not hand over a batch: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -151,10 +163,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
     def give_up(*_) -> None:
         kill_workers()
-        raise LoaderTimeoutError(
-            f"no images came for {seconds:g} s (--loader-timeout): the storage hangs, or is so slow that it takes more "
-            "--workers, or --cache ram"
-        )
+        raise LoaderTimeoutError(f"no images came for {seconds:g} s (--loader-timeout)")
 
     if seconds == 0 or threading.current_thread() is not threading.main_thread():
         yield

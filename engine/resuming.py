@@ -12,6 +12,7 @@ import ssd
 import utils
 from coco import CocoAnnotations, check_same_classes
 
+from . import output
 from .checkpoints import BEST, LATEST, Found, older_checkpoints, read_checkpoint, step_of
 from .training_state import TrainingState
 
@@ -105,8 +106,8 @@ def begin_or_continue(
         The step of the latest checkpoint that the folder holds, if it does.
 
     Raises:
-        ValueError: the checkpoint is of other data, the processes found different ones, or another run writes to the
-            folder.
+        ValueError: the checkpoint is of other data, the processes found different ones, another run writes to the
+            folder, or pictures cannot.
     """
     if found is not None:
         check_same_data(found.content, annotations, num_images)
@@ -122,6 +123,7 @@ def begin_or_continue(
         set_aside(output_dir, [file for name in RUN_FILES for file in output_dir.glob(name)])
     elif found.path.name != LATEST:
         set_aside(output_dir, not_continued(output_dir, found))
+    output.prepare(output_dir, folders=[path.name for path in output_dir.glob("pictures")])
     if not (output_dir / BEST).exists():
         state.best_ap = -1.0  # that of the resumed run is elsewhere
     return state.global_step if (output_dir / LATEST).exists() else None

@@ -20,12 +20,6 @@ from torch import Tensor
 import utils
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Prints, unless nobody can read it any more: a run outlives its terminal."""
-    with contextlib.suppress(OSError):
-        print(text, end=end, flush=True)
-
-
 class LiveLine:
     """A line on a terminal that each ``show`` overwrites; writes nothing where the output goes to a file."""
 
@@ -35,11 +29,11 @@ class LiveLine:
     def show(self, text: str) -> None:
         if sys.stdout.isatty():
             self.is_shown = True
-            say("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="")
+            print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
 
     def clear(self) -> None:
         if self.is_shown:
-            say("\r\x1b[K", end="")
+            print("\r\x1b[K", end="", flush=True)
             self.is_shown = False
 
 
@@ -81,7 +75,7 @@ class RunLog:
     def info(self, text: str) -> None:
         if self.enabled:
             self.live_line.clear()
-            say(text)
+            print(text, flush=True)
 
     def record(self, record: dict) -> None:
         """Adds a line to metrics.jsonl, which is open no longer than that: a run that fails leaves nothing open."""

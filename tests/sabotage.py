@@ -14,7 +14,7 @@ import time
 
 import ssd
 import train
-from engine import failures, inference
+from engine import failures, flags, inference
 from engine.training_state import TrainingState
 from tests import tiny
 
@@ -49,12 +49,12 @@ def sabotage(moment: str, call: int, what: str, replace=setattr) -> None:
 
 
 if __name__ == "__main__":
-    rank, moment, call, what, *flags = sys.argv[1:]
+    rank, moment, call, what, *arguments = sys.argv[1:]
     ssd.family.MODELS["tiny"] = tiny.MODEL
     is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if is_restart and os.environ["RANK"] == "0":
         time.sleep(5)
     if not is_restart and os.environ.get("RANK", "0") == rank:
         sabotage(moment, int(call), what)
-    with failures.one_line_errors():
-        train.main(train.parse_args(flags))
+    with failures.one_line_errors(flags.names_of(train.get_args_parser())):
+        train.main(train.parse_args(arguments))

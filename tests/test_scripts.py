@@ -210,6 +210,49 @@ def test_lists_of_images_are_neither_trained_on_nor_scored(data_path, tmp_path):
         evaluate.main(evaluate.get_args_parser().parse_args([*map(str, flags), "--output-dir", str(tmp_path)]))
 
 
+class Killed(BaseException):
+    """As SIGKILL, but that the test goes on."""
+
+
+@pytest.mark.parametrize(("fails", "written"), [("score", {"detections"}), ("describe", {"detections", "metrics"})])
+def test_what_is_known_is_written_before_what_comes_next(trained, data_path, tmp_path, monkeypatch, fails, written):
+    """Detections before they are scored, and scores before they are printed; a new start may go on with either."""
+
+    def kill(*_):
+        raise Killed
+
+    command = [str(part) for part in evaluation_of(trained, data_path, tmp_path / "killed")[1:]]
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, fails, kill)
+        with pytest.raises(Killed):
+            evaluate.main(evaluate.get_args_parser().parse_args(command))
+    assert {path.stem for path in (tmp_path / "killed").glob("*.json")} == written
+    evaluate.main(evaluate.get_args_parser().parse_args([*command[:-1], str(tmp_path / "whole")]))
+    detections = str(tmp_path / "killed/detections.json")
+    flags = ["--detections", detections, *command[2:-1], str(tmp_path / "again")]
+    evaluate.main(evaluate.get_args_parser().parse_args(flags))
+    whole, again = (json.loads((tmp_path / folder / "metrics.json").read_text()) for folder in ("whole", "again"))
+    assert whole == again
+
+
+def test_names_that_the_console_cannot_show(run, data_path, tmp_path, monkeypatch):
+    """In all that a run and its evaluations print."""
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    copy = tmp_path / "data"
+    shutil.copytree(data_path, copy)
+    for path in (copy / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        content["categories"][0]["name"] = "猫"
+        path.write_text(json.dumps(content))
+    flags = ["--data-path", copy, "--workers", 0, "--output-dir", tmp_path]
+    assert "Classes (6): ?, square" in run("train.py", *SMALL, *flags, "--max-steps", 1).stdout
+    checkpoint = ["--checkpoint", tmp_path / "checkpoint.pth", "--device", "cpu"]
+    assert "\n?" in run("evaluate.py", *checkpoint, *flags).stdout
+    (tmp_path / "猫.jpg").write_bytes(next((copy / "val2017").iterdir()).read_bytes())
+    assert "?.jpg: " in run("evaluate.py", *checkpoint, *flags, "--images", tmp_path / "猫.jpg").stdout
+    assert {one["file_name"] for one in json.loads((tmp_path / "detections.json").read_text())} == {"猫.jpg"}
+
+
 def make_noise_data(root) -> None:
     """Photographs of noise, on which no two default boxes see the same and get tied scores; with COCO's annotations."""
     (root / "val2017").mkdir(parents=True)

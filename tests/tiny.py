@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ssd
 import train
-from engine import failures
+from engine import failures, flags
 from ssd.family import build
 
 
@@ -38,5 +38,5 @@ TINY = ["--model", "tiny", "--weights-backbone", "none", "--device", "cpu", "--b
 
 if __name__ == "__main__":
     ssd.family.MODELS["tiny"] = MODEL
-    with failures.one_line_errors():
+    with failures.one_line_errors(flags.names_of(train.get_args_parser())):
         train.main(train.parse_args())

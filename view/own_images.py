@@ -32,7 +32,10 @@ def find_images(path: str | Path, output_dir: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{path}: no such image or folder")
-    found = sorted(file for file in path.iterdir() if is_image(file))
+    try:
+        found = sorted(file for file in path.iterdir() if is_image(file))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not found:
         raise DataError(f"{path}: has no image; looked for {', '.join(SUFFIXES)}")
     return found
@@ -94,7 +97,6 @@ def report(
         faults: of images that were skipped.
         names: of the labels.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
     results = [
         {"file_name": dataset.paths[int(i)].name, "category": names[label], "bbox": box, "score": score}
         for i, *box, score, label in detections.tolist()

@@ -1,8 +1,10 @@
 """Runs that are stopped, killed or harmed at a given moment: what they leave, and that they go on as if nothing was."""
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -16,7 +18,7 @@ import ssd
 import train
 from engine import interruption
 from engine.checkpoints import read_checkpoint, step_of
-from engine.failures import EXIT_INTERRUPTED, EXIT_NOT_FINITE, Interrupted
+from engine.failures import EXIT_CTRL_C, EXIT_INTERRUPTED, EXIT_NOT_FINITE, Interrupted
 from engine.interruption import MARKER, TIME_IS_UP, Interruption
 from tests.conftest import ROOT, SMALL, children_of, launcher
 from tests.sabotage import sabotage
@@ -132,6 +134,83 @@ def test_a_terminal_that_is_gone_does_not_keep_a_run_from_its_checkpoint(data_pa
     process.send_signal(signal.SIGHUP)  # as the kernel does for the terminal of a shell
     assert process.wait(60) == EXIT_INTERRUPTED
     assert step_of(read_checkpoint(tmp_path / "checkpoint.pth")) >= 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(undisturbed):
+    """Of a model that evaluate.py knows: its name is looked up in this process only."""
+    path = undisturbed / "resnet.pth"
+    model = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=7)
+    content = load(undisturbed / "checkpoint.pth")
+    ssd.save_file(content | {"model": model.state_dict(), "args": {"model": "ssd300_resnet18"}}, path)
+    return path
+
+
+def hanging_images(data_path, tmp_path) -> tuple[Path, Path]:
+    """A copy of the data set whose images are pipes, and the first of the images to validate on."""
+    copy = tmp_path / "data"
+    shutil.copytree(data_path, copy)
+    for path in copy.glob("*2017/*"):
+        path.unlink()
+        os.mkfifo(path)
+    return copy, min((copy / "val2017").iterdir())
+
+
+def interrupt_when_opened(pipe: Path, process: subprocess.Popen) -> None:
+    """Sends Ctrl-C when somebody reads the pipe, as who wants to decode an image does, and leaves him waiting."""
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # there is no reader yet
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(60)
+            os.close(writer)
+            return
+        time.sleep(0.05)
+    raise AssertionError(process.stdout.read())
+
+
+@pytest.mark.parametrize(
+    ("command", "workers", "processes"),
+    [
+        ("evaluate.py --checkpoint {}", 0, 1),
+        ("evaluate.py --checkpoint {}", 1, 1),
+        ("evaluate.py --checkpoint {}", 1, 2),
+        ("train.py --test-only --resume {}", 1, 1),
+    ],
+)
+def test_ctrl_c_ends_an_evaluation_with_one_line(data_path, tmp_path, checkpoint, command, workers, processes):
+    """While it waits for an image, in the process itself or in a worker."""
+    copy, first = hanging_images(data_path, tmp_path)
+    script, *flags = command.format(checkpoint).split()
+    flags += ["--data-path", copy, "--device", "cpu", "--workers", workers, "--output-dir", tmp_path / "out"]
+    process = start(script, *flags, processes=processes)
+    interrupt_when_opened(first, process)
+    code, console = finish(process, 60)
+    assert [line for line in console.splitlines() if line.startswith(script)] == [f"{script}: stopped by Ctrl-C"]
+    if processes == 1:
+        assert code == EXIT_CTRL_C
+        assert "Traceback" not in console
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_ends_the_check_of_a_data_set_with_one_line(data_path, tmp_path, workers):
+    copy, _ = hanging_images(data_path, tmp_path)
+    process = start("train.py", "--check-data", "--data-path", copy, "--workers", workers)
+    interrupt_when_opened(min((copy / "train2017").iterdir()), process)
+    code, console = finish(process, 60)
+    assert code == EXIT_CTRL_C
+    assert console.splitlines()[1:] == ["train.py: stopped by Ctrl-C"]  # after the layout
+
+
+def test_a_second_ctrl_c_ends_a_run_with_one_line(data_path, tmp_path):
+    copy, _ = hanging_images(data_path, tmp_path)
+    process = start("train.py", *arguments(copy, tmp_path / "out", model=SMALL))
+    lines_until(process, "Learning rate")  # then it draws the first images
+    os.killpg(process.pid, signal.SIGINT)
+    lines_until(process, "SIGINT: stopping after this step")
+    time.sleep(1.1)  # what comes within a second was sent once
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process, 60) == (EXIT_CTRL_C, "train.py: stopped by Ctrl-C\n")
 
 
 def test_what_nohup_ignores_stays_ignored(tmp_path):

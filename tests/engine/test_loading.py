@@ -1,5 +1,6 @@
 """Loader processes that are killed, stuck, or left behind, and what a run says then."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import loading
+import train
+from engine import failures, loading
 from tests.conftest import ROOT, SMALL, children_of
 
 
@@ -182,6 +184,100 @@ def test_workers_end_with_a_run_that_is_killed(training):
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.1)
+
+
+class Failing(torch.utils.data.Dataset):
+    """A sample that raises an error of the system."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        raise OSError(self.number, os.strerror(self.number), "sample")
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(errno.ENOSPC, "--shm-size"), (errno.EMFILE, "ulimit -n"), (errno.EACCES, None), (errno.ENOENT, None)],
+)
+def test_an_error_within_a_worker_is_not_blamed_on_the_output_folder(number, says):
+    with pytest.raises(OSError, match=os.strerror(number)) as raised:
+        next(iter(loading.make_loader(Failing(number), 1, patience=60)))
+    text = failures.explain(raised.value, {"--workers", "--batch-size", "--output-dir", "--resume"})
+    assert (says in text and "--output-dir" not in text) if says else text is None
+
+
+def test_an_error_without_workers_stays_what_it_is():
+    with pytest.raises(FileNotFoundError, match="sample"):
+        next(iter(loading.make_loader(Failing(errno.ENOENT), 0, patience=60)))
+
+
+NO_SEMAPHORES = """if True:
+    import errno, multiprocessing.synchronize, runpy, sys
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    multiprocessing.synchronize.SemLock.__init__ = fail
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data_path, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("trained")
+    flags = [*SMALL, "--data-path", data_path, "--output-dir", output_dir, "--max-steps", 1, "--eval-freq", 0]
+    train.main(train.parse_args([str(flag) for flag in [*flags, "--workers", 0]]))
+    return output_dir / "checkpoint.pth"
+
+
+COMMANDS = {
+    "training": ["train.py", *SMALL],
+    "check-data": ["train.py", "--check-data"],
+    "test-only": ["train.py", "--test-only", "--resume", "{checkpoint}"],
+    "scoring": ["evaluate.py", "--checkpoint", "{checkpoint}"],
+    "images": ["evaluate.py", "--checkpoint", "{checkpoint}", "--images", "{data}/val2017"],
+}
+
+
+@pytest.fixture
+def command(data_path, tmp_path, checkpoint):
+    """Gives the command of a mode, with so many workers."""
+
+    def of_mode(mode: str, workers: int) -> list[str]:
+        words = [word.format(checkpoint=checkpoint, data=data_path) for word in COMMANDS[mode]]
+        return [*words, "--data-path", str(data_path), "--output-dir", str(tmp_path), "--workers", str(workers)]
+
+    return of_mode
+
+
+@pytest.mark.parametrize("mode", COMMANDS)
+def test_workers_that_cannot_start_are_one_line(command, mode):
+    """Where /dev/shm is full, there are no semaphores either."""
+    script, *flags = command(mode, 1)
+    result = subprocess.run(
+        [sys.executable, "-c", NO_SEMAPHORES, script, *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        f"{script}: error: DataLoader workers cannot start, or not hand over a batch: No space left on device; "
+        "too little shared memory (a container's --shm-size) or memory: lower --workers or --batch-size"
+    ]
+
+
+@pytest.mark.parametrize("mode", ["check-data", "images"])
+def test_too_many_open_files_are_one_line(command, mode):
+    """Of the script. Python's fork server, which waits for what cannot be opened, may have a traceback of its own."""
+    limited = ["sh", "-c", 'ulimit -n 48 && exec "$@"', "sh", sys.executable, "-W", "ignore", *command(mode, 32)]
+    result = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith(COMMANDS[mode][0]))
+    assert "Too many open files; raise ulimit -n, or lower --workers" in line
+    assert "Exception ignored" not in result.stderr
 
 
 SMALL_SHARED_MEMORY = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=100k tmpfs /dev/shm && exec "$@"', "sh"]
