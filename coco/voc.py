@@ -4,6 +4,7 @@ Boxes become COCO's: VOC counts pixels from 1 and includes the last, so that its
 are marked as difficult become crowds, which are not trained on and do not count in COCO's scores.
 """
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,26 +42,23 @@ class VocSets:
 
     def load(self) -> Content:
         folders = voc_folders(self.root)
-        records = {
-            file: read_record(file) for folder in folders for file in sorted(folder.glob("Annotations/**/*.xml"))
-        }
+        files = {folder: files_by_name(folder / "Annotations", (".xml",)) for folder in folders}
+        records = {file: read_record(file) for named in files.values() for file in named.values()}
         names = class_names(folders, records.values())
         lists = [self.root / folder / LISTS / f"{name}.txt" for folder, name in self.sets if name]
-        files = [*lists, *(folder / "Annotations" for folder in folders), *records]
-        categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
-        content = Content([], categories, [], files, is_voc=True)
+        read = [*lists, *(folder / "Annotations" for folder in folders), *records]
+        content = Content([], [{"id": i, "name": name} for i, name in enumerate(names, start=1)], [], read, is_voc=True)
         for folder, name in self.sets:
             folder = self.root / folder
-            images = image_files(folder / "JPEGImages")
-            for image_name in images_of_set(folder, name):
-                file = folder / "Annotations" / f"{image_name}.xml"
+            images = files_by_name(folder / "JPEGImages", SUFFIXES)
+            for image_name in files[folder] if name is None else list_images(folder / LISTS / f"{name}.txt"):
+                file = files[folder].get(spelled(image_name), folder / "Annotations" / f"{image_name}.xml")
                 record = records.get(file, f"{file}: no such file, though {self.path} lists it")
                 if isinstance(record, str):
                     content.faults.append(record)
                 else:
-                    image = images.get(image_name, f"{image_name}.jpg")
-                    path = (folder / "JPEGImages" / image).relative_to(self.root)
-                    add_image(content, path.as_posix(), file, record, names)
+                    image = images.get(spelled(image_name), folder / "JPEGImages" / f"{image_name}.jpg")
+                    add_image(content, image.relative_to(self.root).as_posix(), file, record, names)
         return content
 
 
@@ -111,12 +109,8 @@ def class_names(folders: list[Path], records: Iterable[ElementTree.Element | str
     return list(CLASSES) if is_voc else sorted(filter(is_text, found))
 
 
-def images_of_set(folder: Path, name: str | None) -> list[str]:
-    """The names, without suffix, of the images of a set; of all that have a record, if it is None."""
-    if name is None:
-        records = folder / "Annotations"
-        return sorted(file.relative_to(records).with_suffix("").as_posix() for file in records.glob("**/*.xml"))
-    path = folder / LISTS / f"{name}.txt"
+def list_images(path: Path) -> list[str]:
+    """The names, without suffix, of the images of a set."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -124,10 +118,19 @@ def images_of_set(folder: Path, name: str | None) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def image_files(folder: Path) -> dict[str, str]:
-    """The names of the images in a folder, by their names without suffix."""
-    names = (file.relative_to(folder) for file in folder.glob("**/*") if file.suffix.lower() in SUFFIXES)
-    return {name.with_suffix("").as_posix(): name.as_posix() for name in names}
+def files_by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """The files in a folder that end in one of ``suffixes``, by their names without it; hidden ones are left out."""
+    files = (file for file in sorted(folder.glob("**/*")) if file.suffix.lower() in suffixes)
+    return {
+        spelled(file.relative_to(folder).with_suffix("").as_posix()): file
+        for file in files
+        if not file.name.startswith(".")
+    }
+
+
+def spelled(name: str) -> str:
+    """A name as it is compared: with the separators of this system, and composed letters."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
 
 
 def add_image(content: Content, name: str, file: Path, record: ElementTree.Element, names: list[str]) -> None:

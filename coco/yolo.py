@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from .checks import READING_THREADS, Content
+from .file_names import find_name
 from .images import SUFFIXES, read_size
 from .rules import DataError, as_integer, is_integer, is_text
 from .sources import Split
@@ -118,12 +119,15 @@ def find_place(path: Path, base, place: str) -> Path:
         DataError: it is not there, or both in the folder and outside.
     """
     root = path.parent
-    parts = [part for part in Path(place.replace("\\", "/")).parts if part not in ("..", "/")]
     literal = next((one for one in (root / str(base or "") / place, root / place) if one.exists()), None)
-    inside = next((one for i in range(len(parts)) if (one := root.joinpath(*parts[i:])).exists()), None)
+    if literal is not None and not place.startswith(".."):
+        return Path(os.path.normpath(literal))
+    parts = [part for part in Path(place.replace("\\", "/")).parts if part not in ("..", "/")]
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    inside = next((one for end in ends if (one := root / find_name(root, end)).exists()), None)
     if literal is None and inside is None:
         raise DataError(f"{path}: {place!r} is not there, neither from its path nor from {root}")
-    if place.startswith("..") and literal and inside and not literal.samefile(inside):
+    if literal and inside and not literal.samefile(inside):
         raise DataError(f"{path}: {place!r} may be {inside} or {literal.resolve()}; write one of them there")
     return Path(os.path.normpath(literal or inside))
 
@@ -136,7 +140,7 @@ def images_in(folder: Path) -> Iterator[Path]:
 
 def images_listed(file: Path) -> list[Path]:
     lines = file.read_text(encoding="utf-8").splitlines()
-    return [Path(os.path.normpath(file.parent / line.strip())) for line in lines if line.strip()]
+    return [find_place(file, None, line.strip()) for line in lines if line.strip()]
 
 
 def is_image_name(name: str) -> bool:
@@ -154,7 +158,8 @@ def label_file(image: Path) -> Path:
         if parts[i] == "images":
             parts[i] = "labels"
             break
-    return Path(*parts).with_suffix(".txt")
+    file = Path(*parts).with_suffix(".txt")
+    return file.parent / find_name(file.parent, file.name)
 
 
 def add_image(content: Content, name: Path, size: tuple[int, int], label: Path, names: dict[int, str]) -> None:

@@ -1,3 +1,5 @@
+import unicodedata
+
 import pytest
 
 import coco
@@ -110,6 +112,21 @@ def test_an_image_may_be_of_another_kind(tmp_path):
     a = coco.read_annotations(sources(tmp_path)["train"], images_dir=tmp_path)
     assert a.file_name(0) == "JPEGImages/000001.png"
     assert coco.load_image(a, tmp_path, 0).shape == (72, 96, 4)
+
+
+def test_names_of_a_list_may_be_spelled_otherwise(tmp_path):
+    layouts.voc_folder(tmp_path)
+    composed, decomposed = (unicodedata.normalize(form, "\u00e9") for form in ("NFC", "NFD"))
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (tmp_path / folder / "sub").mkdir()
+        (tmp_path / folder / f"000001.{suffix}").rename(tmp_path / folder / f"sub/{decomposed}.{suffix}")
+        (tmp_path / folder / f"._000002.{suffix}").write_bytes(b"\0\5\x16\7")
+    file = tmp_path / "ImageSets/Main/train.txt"
+    for name in (f"sub/{composed}", f"sub\\{composed}", f"sub/{decomposed}"):
+        file.write_text(f"{name}\n000002\n000003\n000004\n")
+        a = coco.read_annotations(sources(tmp_path)["train"], images_dir=tmp_path)
+        assert coco.load_image(a, tmp_path, 0).shape == (72, 96, 4)
+        assert len(a.boxes) == 4
 
 
 def test_a_missing_image_is_named(tmp_path):

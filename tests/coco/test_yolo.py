@@ -1,3 +1,5 @@
+import unicodedata
+
 import pytest
 from PIL import Image
 
@@ -121,6 +123,27 @@ def test_places_of_another_machine_are_found_by_their_ends(tmp_path):
         place = place if place.startswith("[") else f'"{place}"'
         (tmp_path / "data.yaml").write_text(f"path: {base}\ntrain: {place}\nnames: [cat, dog]\n")
         assert read(tmp_path).file_names.tolist() == expected
+
+
+def test_a_list_may_be_of_another_machine_or_system(tmp_path):
+    layouts.yolo_whole(tmp_path)
+    expected = read(tmp_path)
+    for prefix in ("photographs/", ".\\photographs\\", "/content/pets/photographs/", "C:\\pets\\photographs\\"):
+        names = [f"{prefix}{layouts.image_name(number)}\n" for number in [*layouts.TRAIN, *layouts.VAL]]
+        (tmp_path / "train.txt").write_text("".join(names))
+        assert read(tmp_path).file_names.tolist() == expected.file_names.tolist()
+        assert read(tmp_path).boxes.tolist() == expected.boxes.tolist()
+    (tmp_path / "train.txt").write_text("photographs/missing.jpg\n")
+    with pytest.raises(DataError, match=r"train\.txt: 'photographs/missing\.jpg' is not there"):
+        read(tmp_path)
+
+
+def test_labels_are_found_however_letters_are_spelled(tmp_path):
+    layouts.yolo(tmp_path)
+    names = [unicodedata.normalize(form, "\u00e9") for form in ("NFC", "NFD")]
+    (tmp_path / "images/train/000001.jpg").rename(tmp_path / f"images/train/{names[0]}.jpg")
+    (tmp_path / "labels/train/000001.txt").rename(tmp_path / f"labels/train/{names[1]}.txt")
+    assert len(read(tmp_path).boxes) == len(layouts.TRAIN)
 
 
 def test_a_place_in_the_folder_and_outside_is_ambiguous(tmp_path):
