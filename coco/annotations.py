@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .checks import Check, Content
+from .file_names import spellings
 from .index import CocoAnnotations, HeldOut, index_path, open_index, write_index
 from .rules import DataError
 
@@ -80,7 +81,12 @@ def parse_annotations(
         DataError: a file cannot be read, or is of another format.
     """
     source = as_source(source)
-    check = Check(source.load(), source.path, None if images_dir is None else Path(images_dir))
+    spellings.cache_clear()  # files may have been renamed since
+    try:
+        content = source.load()
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    check = Check(content, source.path, None if images_dir is None else Path(images_dir))
     annotations = check.run()
     return annotations if part is None else part.of(annotations), check.faults
 
@@ -110,8 +116,6 @@ def load_json(path: Path) -> dict:
         is_needed = name != "annotations" or not is_list_of_images
         if not is_object or (is_needed and type(content.get(name)) is not list):
             raise DataError(f"{path}: not a COCO annotation file: it has no list of {name}")
-    if not content["images"] or not (content["categories"] or is_list_of_images):
-        raise DataError(f"{path}: lists no images or no categories")
     return content
 
 

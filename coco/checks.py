@@ -15,14 +15,15 @@ import numpy as np
 from numpy import ndarray
 
 from . import rules
-from .file_names import find_name, is_odd, relative_name
+from .file_names import find_name, is_odd, readings, relative_name
 from .images import read_size
 from .index import CocoAnnotations
-from .rules import Rule, as_integer
+from .rules import DataError, Rule, as_integer
 
 SINGULAR = {"images": "image", "categories": "category", "annotations": "annotation"}
 DEFAULTS = {"area": "width x height is used, which may move scores by size", "iscrowd": "taken for no crowd"}
 READING_THREADS = 32  # a network file system answers many readers at once
+OTHER_NAME = "not as the files are named, such as {}: found all the same"
 OTHER_TYPE = "a text or a float, such as {}: taken for the integer"
 
 
@@ -32,8 +33,9 @@ class Content:
 
     Args:
         images, categories, annotations: the lists; without annotations they are images to detect on.
-        files: that it was read from.
+        files: files and folders that it depends on, also such as are not there yet.
         notes, faults: what was odd or wrong with them.
+        is_upright: boxes are of images that are turned as their EXIF data say.
         is_voc: Pascal VOC's way to score applies.
     """
 
@@ -43,6 +45,7 @@ class Content:
     files: list[Path]
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    is_upright: bool = False
     is_voc: bool = False
 
 
@@ -65,9 +68,15 @@ class Check:
         self.mended = defaultdict(list)  # (list, field, note) -> the values that were not as COCO has them
 
     def run(self) -> CocoAnnotations:
-        """The annotations without their faulty entries."""
+        """The annotations without their faulty entries.
+
+        Raises:
+            DataError: there are no images or no categories at all.
+        """
         content, entries = self.content, self.content.annotations or []
         classes, groups = split_groups(content.categories, entries)
+        if not content.images or not (classes or content.annotations is None):
+            raise DataError(f"{self.path}: lists no images or no categories")
         table_rules = make_rules(integer_ids(content.images), integer_ids(classes), self.images_dir)
         images = self.valid_entries("images", content.images, table_rules)
         categories = self.valid_entries("categories", classes, table_rules)
@@ -95,6 +104,7 @@ class Check:
             categories=names_by_id(categories),
             groups=names_by_id(groups),
             has_annotations=content.annotations is not None,
+            is_upright=content.is_upright,
             is_voc=content.is_voc,
             notes=self.notes,
             files=[str(file) for file in dict.fromkeys(self.files)],
@@ -137,12 +147,13 @@ class Check:
         folder = self.images_dir.absolute()  # of which a name may have the last part in front
         for image in images:
             written = image["file_name"]
-            if is_odd(written, folder) and (found := find_name(folder, written)) != written:
-                image["file_name"] = found
-                self.files.append((folder / found).parent)  # which changes when the file is renamed
-                self.mended["images", "file_name", "not as the files are named, such as {}: found all the same"].append(
-                    written
-                )
+            if not is_odd(written, folder):
+                continue
+            image["file_name"] = find_name(folder, written)
+            # where it is, or may come to be
+            self.files += {(folder / name).parent for name in (written, image["file_name"], *readings(written, folder))}
+            if image["file_name"] != written:
+                self.mended["images", "file_name", OTHER_NAME].append(written)
 
     def with_sizes(self, images: list[dict]) -> list[dict]:
         """The images with sizes, which their files tell where nothing else does; without those where they do not."""
@@ -188,7 +199,8 @@ class Check:
         for one in without:
             one["id"] = next(new_ids)
         if without:
-            self.note(f"{len(without)} annotations have ids that are missing, doubled or not positive: numbered anew")
+            unusable = "ids that are missing, doubled or no positive integers"
+            self.note(f"{len(without)} annotations have {unusable}: numbered anew")
 
 
 def make_rules(image_ids: set[int], category_ids: set[int], images_dir: Path | None) -> dict[str, dict[str, Rule]]:

@@ -28,7 +28,7 @@ def is_odd(name: str, images_dir: Path) -> bool:
 
 def find_name(images_dir: Path, name: str) -> str:
     """The name, relative to ``images_dir``, that the file has; ``name`` itself where it is right, or none is."""
-    if not (images_dir / name).exists():
+    if not os.path.exists(images_dir / name):
         for reading in readings(name, images_dir):
             if (found := as_spelled(images_dir, reading)) is not None:
                 return found
@@ -47,7 +47,7 @@ def as_spelled(folder: Path, name: str) -> str | None:
     """A name as the file system spells it, whose letters may be composed where those of ``name`` are not; or None."""
     found = []
     for part in Path(name).parts:
-        if not (folder / part).exists():
+        if not os.path.exists(folder / part):
             part = spellings(folder).get(unicodedata.normalize("NFC", part))
             if part is None:
                 return None

@@ -1,6 +1,7 @@
 """Image files: opened, decoded, turned where they must be, and where they are bad, named or skipped."""
 
 import contextlib
+import errno
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -83,6 +84,8 @@ def open_image(file: Path | io.BytesIO, where: str, whole: bool = True) -> Itera
     except UnidentifiedImageError:
         raise DataError(f"{where}: is {kind_of(file)}; replace the file or remove the image") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # the image may be good
+            raise
         reason = " ".join(str(error).split())
         raise DataError(f"{where}: cannot be decoded ({reason}); replace the file or remove the image") from None
 
@@ -171,7 +174,7 @@ def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content
     """Decodes an image, see ``to_pixels``.
 
     COCO's boxes are of the pixels as they are stored, whatever EXIF data say. Only where the annotations give the size
-    that an image has when it is turned upright, it is.
+    that an image has when it is turned upright, or are of upright images, it is.
 
     Args:
         annotations: what names the image.
@@ -186,11 +189,11 @@ def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content
     where = f"{path} (image id {annotations.image_ids[row]})"
     height, width = annotations.sizes[row].tolist()
     with open_image(io.BytesIO(content) if content else path, where) as image:
-        if image.size == (width, height) and not turns_itself(image):  # without a look at EXIF data
-            return to_pixels(image, where)
+        if image.size == (width, height) and not (turns_itself(image) or annotations.is_upright):
+            return to_pixels(image, where)  # without a look at EXIF data
         stored, upright = sizes(image)
-        if (width, height) in (stored, upright):
-            return to_pixels(image, where, is_upright=(width, height) != stored)
+        if (width, height) in ([upright] if annotations.is_upright else [stored, upright]):
+            return to_pixels(image, where, is_upright=annotations.is_upright or (width, height) != stored)
         note = f" (EXIF orientation {orientation(image)})" if orientation(image) > 1 else ""
         raise DataError(
             f"{where}: is {stored[0]}x{stored[1]} pixels{note}, but {annotations.path} says {width}x{height}; "

@@ -7,6 +7,7 @@ again. Indices lie beside a run's output.
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import unicodedata
@@ -45,9 +46,10 @@ class CocoAnnotations:
     categories: dict[int, str]  # category id -> name
     groups: dict[int, str] = field(default_factory=dict)  # categories that only stand for others; not among the above
     has_annotations: bool = True  # or it is a list of images to detect on
+    is_upright: bool = False  # boxes are of images that are turned as their EXIF data say
     is_voc: bool = False  # Pascal VOC's way to score applies; crowds are what it calls difficult objects
     notes: list[str] = field(default_factory=list)  # what was assumed or mended
-    files: list[str] = field(default_factory=list, repr=False)  # that all this was read from
+    files: list[str] = field(default_factory=list, repr=False)  # files and folders that all this depends on
     index: Path | None = None  # the folder that the arrays are mapped from
 
     def __reduce__(self):
@@ -122,8 +124,9 @@ ARRAYS = tuple(name for name, kind in CocoAnnotations.__annotations__.items() if
 class HeldOut:
     """A part of a data set that comes in one: the images that are held out of training, or the others.
 
-    A hash of an image's file name decides, so that it is the same part in every run, and a set that grows keeps what it
-    has held out. If it decides for none or for all, the image next to the limit changes sides.
+    A hash of the name of an image's file, without folders, decides, so that it is the same part in every run and place,
+    and a set that grows keeps what it has held out. If it decides for none or for all, the image next to the limit
+    changes sides.
 
     Args:
         fraction: how many are held out, about.
@@ -137,11 +140,11 @@ class HeldOut:
         """The annotations of its images.
 
         Raises:
-            DataError: there are fewer than two images to share.
+            DataError: all files have the same name, or there is but one.
         """
-        if len(annotations.image_ids) < 2:
-            raise DataError(f"{annotations.path}: has too few images to hold some out")
         places = np.array([place_of(name.decode()) for name in annotations.file_names])
+        if len(set(places)) < 2:
+            raise DataError(f"{annotations.path}: has too few images, or names of their files, to hold some out")
         limit = max(self.fraction, places.min())
         is_held_out = places <= limit if limit < places.max() else places < places.max()
         return select_images(annotations, np.flatnonzero(is_held_out == self.is_held_out))
@@ -149,7 +152,7 @@ class HeldOut:
 
 def place_of(file_name: str) -> float:
     """Where a hash of its name puts an image between 0 and 1, however a system spells the name."""
-    spelled = unicodedata.normalize("NFC", file_name.replace("\\", "/"))
+    spelled = unicodedata.normalize("NFC", file_name.replace("\\", "/").rpartition("/")[2])
     return int.from_bytes(hashlib.sha256(spelled.encode()).digest()[:6]) / 2**48
 
 
@@ -167,9 +170,16 @@ def select_images(annotations: CocoAnnotations, rows: ndarray) -> CocoAnnotation
 
 def describe(index: Path, files: list[str]) -> dict:
     """What tells whether an index is whole, and of the files as they are now: among it a hash of sizes and times."""
-    states = [(file, status.st_size, status.st_mtime_ns) for file in files for status in [Path(file).stat()]]
-    digest = hashlib.sha256(repr(states).encode()).hexdigest()
+    digest = hashlib.sha256(repr([state_of(file) for file in files]).encode()).hexdigest()
     return {"version": INDEX_VERSION, "files": digest, "checksums": checksums(index)}
+
+
+def state_of(file: str) -> tuple:
+    try:
+        status = os.stat(file)
+    except OSError:  # it may come
+        return (file,)
+    return file, status.st_size, status.st_mtime_ns
 
 
 def index_path(path: Path, index_dir: Path, settings: str) -> Path:

@@ -16,15 +16,18 @@ from .sources import Split
 
 SHAPES_PATH = "data/shapes"
 SPLITS = ("train", "val")
+COCO_FILES = "annotations/instances_{name}2017.json {name}2017 images/{name}2017"  # the last as Ultralytics has them
 VALIDATION_NAMES = ("val", "valid", "validation")
 Splits = dict[str, Split]  # by name: both, or all as ``train`` where the data come in one
 
 
 def coco_layout(root: Path) -> Splits:
-    files = {name: root / f"annotations/instances_{name}2017.json" for name in SPLITS}
-    if not any(file.is_file() or (root / f"{name}2017").is_dir() for name, file in files.items()):
-        return {}
-    return {name: Split(root / f"{name}2017", JsonFile(file)) for name, file in files.items()}
+    found = {}
+    for name in SPLITS:
+        file, images, others = (root / part for part in COCO_FILES.format(name=name).split())
+        if file.is_file() or images.is_dir():
+            found[name] = Split(images if images.is_dir() or not others.is_dir() else others, JsonFile(file))
+    return found
 
 
 def roboflow_layout(root: Path) -> Splits:
@@ -56,7 +59,7 @@ def yolo_layout(root: Path) -> Splits:
 
 def plain_layout(root: Path) -> Splits:
     files = [*root.glob("[!.]*.json"), *root.glob("annotations/[!.]*.json")]
-    folders = [folder for folder in (root, *root.iterdir()) if folder.is_dir() and has_images(folder)]
+    folders = [folder for folder in (root, *root.glob("[!.]*")) if folder.is_dir() and has_images(folder)]
     if (root / "images").is_dir():
         folders = [root / "images"]
     return {"train": Split(folders[0], JsonFile(files[0]))} if len(files) == len(folders) == 1 else {}
@@ -96,7 +99,10 @@ def find_layout(root: Path) -> tuple[str, Splits]:
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; --data-path is the folder of a data set")
-    found = {name: splits for name, (_, look) in LAYOUTS.items() if (splits := look(root))}
+    try:
+        found = {name: splits for name, (_, look) in LAYOUTS.items() if (splits := look(root))}
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if len(found) > 1:
         found.pop("one annotation file", None)
     if not found:
@@ -134,21 +140,26 @@ def find_splits(
         with utils.main_first():
             shapes.draw_data_set(data_path)
     found = {}
-    if data_path is not None and not all(map(all, files.values())):
+    is_complete = all(annotations and (images or not needs_images) for images, annotations in files.values())
+    if data_path is not None and not is_complete:
         layout, found = find_layout(Path(data_path))
         utils.print_on_main(describe(layout, Path(data_path), found))
-    splits = {name: with_files(found.get(name), *files.get(name, (None, None))) for name in SPLITS}
+    splits = {name: with_files(found, name, *files.get(name, (None, None))) for name in SPLITS}
     if val_fraction is not None:
-        splits = hold_out(
-            splits, val_fraction, is_split="val" in found or (files.keys() == {*SPLITS} and splits["val"])
-        )
+        is_split = "val" in found or (files.keys() == {*SPLITS} and splits["val"] is not None)
+        splits = hold_out(splits, val_fraction, is_split)
     for name in files:
+        flags = f"--{name}-images and --{name}-annotations"
         if splits[name] is None and found:
-            raise DataError(f"{data_path}: comes in one; hold some of it out to validate on, with --val-fraction 0.2")
+            if name == "train":
+                raise DataError(f"{data_path}: has nothing to train on; name its files with {flags}")
+            raise DataError(
+                f"{data_path}: comes in one; hold some of it out to validate on, with --val-fraction 0.2, or name more "
+                f"files with {flags}"
+            )
         if splits[name] is None or (needs_images and splits[name].images_dir is None):
             raise DataError(
-                f"--data-path is missing: give the folder of a data set, or --{name}-images and --{name}-annotations; "
-                "--dataset shapes needs neither"
+                f"--data-path is missing: give the folder of a data set, or {flags}; --dataset shapes needs neither"
             )
     return {name: splits[name] for name in files}
 
@@ -163,11 +174,12 @@ def describe(layout: str, root: Path, splits: Splits) -> str:
     return f"{root}: the layout of {layout}{whole}: {'; '.join(places)}"
 
 
-def with_files(split: Split | None, images: str | None, annotations: str | None) -> Split | None:
-    """A split with files that are named in the place of its own."""
+def with_files(found: Splits, name: str, images: str | None, annotations: str | None) -> Split | None:
+    """The split of that name, with files that are named in the place of those that were found."""
+    split = found.get(name)
     if annotations is not None:
-        images_dir = Path(images) if images else split and split.images_dir
-        return Split(images_dir, JsonFile(Path(annotations)))
+        whole = split or found.get("train")
+        return Split(Path(images) if images else whole and whole.images_dir, JsonFile(Path(annotations)))
     return replace(split, images_dir=Path(images)) if split is not None and images else split
 
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,13 +120,14 @@ def fault_of_result(result, image_ids: set[int], category_ids: set[int], truth: 
             return f"has no {key}"
     image_id, category_id, box, score = (result[key] for key in ("image_id", "category_id", "bbox", "score"))
     if type(image_id) is not int or image_id not in image_ids:
-        return f"is of image id {image_id!r}, which {truth} does not list"
+        return f"is of image id {reprlib.repr(image_id)}, which {truth} does not list"
     if type(category_id) is not int or category_id not in category_ids:
-        return f"is of category id {category_id!r}, which {truth} does not list"
+        return f"is of category id {reprlib.repr(category_id)}, which {truth} does not list"
     if not is_box(box):
-        return f"(image id {image_id}) has the bbox {box!r}; expected x, y, width, height, all finite, no negative size"
+        expected = "x, y, width, height, all finite, no negative size"
+        return f"(image id {image_id}) has the bbox {reprlib.repr(box)}; expected {expected}"
     if not is_number(score):
-        return f"(image id {image_id}) has the score {score!r}; expected a finite number"
+        return f"(image id {image_id}) has the score {reprlib.repr(score)}; expected a finite number"
     return ""
 
 

@@ -46,7 +46,7 @@ class VocSets:
         records = {file: read_record(file) for named in files.values() for file in named.values()}
         names = class_names(folders, records.values())
         lists = [self.root / folder / LISTS / f"{name}.txt" for folder, name in self.sets if name]
-        read = [*lists, *(folder / "Annotations" for folder in folders), *records]
+        read = [*lists, *(folder / part for folder in folders for part in ("Annotations", "JPEGImages")), *records]
         content = Content([], [{"id": i, "name": name} for i, name in enumerate(names, start=1)], [], read, is_voc=True)
         for folder, name in self.sets:
             folder = self.root / folder
@@ -75,7 +75,8 @@ def find_splits(root: Path) -> dict[str, Split]:
     def sets(name: str) -> tuple[tuple[str, str], ...]:
         return tuple((folder, name) for folder in folders if (root / folder / LISTS / f"{name}.txt").is_file())
 
-    pairs = [(sets("trainval"), sets("test")), (sets("train"), sets("val")), (sets("train"), sets("test"))]
+    test = sets("test")[:1]  # of 2012 the annotations are not published
+    pairs = [(sets("trainval"), test), (sets("train"), sets("val")), (sets("train"), test)]
     for train, val in pairs:
         if train and val:
             return {"train": Split(root, VocSets(root, train)), "val": Split(root, VocSets(root, val))}
@@ -92,8 +93,11 @@ def voc_folders(root: Path) -> list[Path]:
 def read_record(file: Path) -> ElementTree.Element | str:
     """The content of an XML file; a text, what is wrong, if it has none."""
     try:
-        return ElementTree.parse(file).getroot()
-    except (OSError, ValueError, ElementTree.ParseError) as error:
+        record = ElementTree.parse(file).getroot()
+        return (
+            record if record.tag == "annotation" else f"{file}: is no record of Pascal VOC: it begins with {record.tag}"
+        )
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
         return f"{file}: cannot be read as XML: {error}"
 
 
@@ -105,27 +109,27 @@ def class_names(folders: list[Path], records: Iterable[ElementTree.Element | str
         if not isinstance(record, str)
         for one in record.iter("object")
     }
-    is_voc = all(folder.name.startswith("VOC20") for folder in folders) and found <= {*CLASSES}
+    is_voc = all(folder.resolve().name.startswith("VOC20") for folder in folders) and found <= {*CLASSES}
     return list(CLASSES) if is_voc else sorted(filter(is_text, found))
 
 
 def list_images(path: Path) -> list[str]:
     """The names, without suffix, of the images of a set."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    return [line.strip() for line in lines if line.strip()]
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def files_by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """The files in a folder that end in one of ``suffixes``, by their names without it; hidden ones are left out."""
-    files = (file for file in sorted(folder.glob("**/*")) if file.suffix.lower() in suffixes)
-    return {
-        spelled(file.relative_to(folder).with_suffix("").as_posix()): file
-        for file in files
-        if not file.name.startswith(".")
-    }
+    found = {}
+    for file in sorted(folder.glob("**/*")):
+        name = file.relative_to(folder)
+        if file.suffix.lower() in suffixes and not any(part.startswith(".") for part in name.parts):
+            found.setdefault(spelled(name.with_suffix("").as_posix()), file)
+    return found
 
 
 def spelled(name: str) -> str:
@@ -135,7 +139,7 @@ def spelled(name: str) -> str:
 
 def add_image(content: Content, name: str, file: Path, record: ElementTree.Element, names: list[str]) -> None:
     image_id = 1 + len(content.images)
-    size = {side: as_integer(record.findtext(f"size/{side}", "").strip()) for side in ("width", "height")}
+    size = {side: as_number(record.findtext(f"size/{side}", "")) for side in ("width", "height")}
     content.images.append({"id": image_id, "file_name": name, **size})
     for number, one in enumerate(record.findall("object"), start=1):
         try:
@@ -144,6 +148,14 @@ def add_image(content: Content, name: str, file: Path, record: ElementTree.Eleme
             content.faults.append(f"{file}: object {number} {error}")
             continue
         content.annotations.append({"id": 1 + len(content.annotations), "image_id": image_id, **fields})
+
+
+def as_number(text: str):
+    """An integer, where it stands for one, also as 1.0; the text itself where it is no number."""
+    try:
+        return as_integer(float(text))
+    except ValueError:
+        return text
 
 
 def read_object(one: ElementTree.Element, names: list[str]) -> dict:
@@ -166,7 +178,7 @@ def read_object(one: ElementTree.Element, names: list[str]) -> dict:
     box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
     if not is_box(box):
         raise ValueError(f"has the corners {corners}; they must be finite, and xmax and ymax not before xmin and ymin")
-    difficult = as_integer(one.findtext("difficult", "0").strip() or 0)
+    difficult = as_number(one.findtext("difficult", "0").strip() or "0")
     if difficult not in (0, 1):
         raise ValueError(f"has difficult {difficult!r}; it must be 0 or 1")
     return {"category_id": 1 + names.index(name), "bbox": box, "area": box[2] * box[3], "iscrowd": difficult}

@@ -5,7 +5,6 @@ numbers it is a polygon, of which the box around it is taken. An image without s
 """
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,20 +30,21 @@ class YoloLabels:
     def load(self) -> Content:
         settings = read_settings(self.path)
         names = class_names(settings, self.path)
-        paths = list_images(self.path, settings, self.key)
+        paths, places = list_images(self.path, settings, self.key)
+        folder = common_folder(paths)
         labels = [label_file(path) for path in paths]
-        folders = {file.parent for file in (*paths, *labels)}  # which change when files come and go
-        files = [file for file in (self.path, *folders, *paths, *labels) if file.exists()]
+        depends_on = {self.path, *places, *paths, *labels, *(label.parent for label in labels)}
         categories = [{"id": number, "name": name} for number, name in names.items()]
-        content = Content([], categories, [], sorted(files))
+        content = Content([], categories, [], sorted(depends_on), is_upright=True)  # as YOLO's programs see images
+        has_keypoints = "kpt_shape" in settings
         with ThreadPoolExecutor(READING_THREADS) as pool:
-            sizes = list(pool.map(partial(read_size, is_upright=True), paths))  # as YOLO's programs see them
-        for path, size in zip(paths, sizes, strict=True):
+            sizes = list(pool.map(partial(read_size, is_upright=True), paths))
+        for path, size, label in zip(paths, sizes, labels, strict=True):
             if isinstance(size, str):
                 content.faults.append(size)
             else:
-                add_image(content, path.relative_to(common_folder(paths)), size, label_file(path), names)
-        without = sum(not label.exists() for label in labels)
+                add_image(content, path.relative_to(folder), size, label, names, has_keypoints)
+        without = sum(not os.path.exists(label) for label in labels)
         if without:
             content.notes.append(f"{self.path}: {without} images have no label file: taken as images without objects")
         return content
@@ -59,7 +59,7 @@ def find_splits(path: Path) -> dict[str, Split]:
     settings = read_settings(path)
     keys = {"train": "train", "val": next((key for key in VALIDATION_KEYS if settings.get(key)), None)}
     found = {
-        name: Split(common_folder(list_images(path, settings, key)), YoloLabels(path, key))
+        name: Split(common_folder(list_images(path, settings, key)[0]), YoloLabels(path, key))
         for name, key in keys.items()
         if settings.get(key)
     }
@@ -85,29 +85,44 @@ def class_names(settings: dict, path: Path) -> dict[int, str]:
         names = dict(enumerate(names))
     if type(names) is not dict or not names:
         raise DataError(f"{path}: has no list of names of the classes")
-    names = {as_integer(number): str(name) for number, name in names.items()}
-    for number, name in names.items():
-        if not (is_integer(number) and is_text(name)):
+    found = {}
+    for written, name in names.items():
+        number, name = as_integer(written), str(name) if type(name) is int else name
+        if not is_integer(number) or number in found or not is_text(name):
             raise DataError(
-                f"{path}: names has {number!r}: {name!r}; it must give each class number a text in one line"
+                f"{path}: names has {written!r}: {name!r}; it must give each class number once a text in one line"
             )
-    return names
+        found[number] = name
+    return found
 
 
-def list_images(path: Path, settings: dict, key: str) -> list[Path]:
-    """The image files that a data.yaml lists under ``key``: of folders, and of text files with a name in each line.
+def list_images(path: Path, settings: dict, key: str) -> tuple[list[Path], set[Path]]:
+    """The images that a data.yaml lists under ``key``: of folders, and of text files with a name in each line.
+
+    Returns:
+        The image files, and the folders and text files that tell of them.
 
     Raises:
         DataError: a place is missing, or there are no images.
     """
-    places = settings[key] if type(settings[key]) is list else [settings[key]]
-    found = []
-    for place in places:
+    images, places = [], set()
+    for place in settings[key] if type(settings[key]) is list else [settings[key]]:
         where = find_place(path, settings.get("path"), str(place))
-        found += sorted(images_in(where)) if where.is_dir() else images_listed(where)
-    if not found:
+        if where.is_dir():
+            for folder, subfolders, names in os.walk(where, onerror=raise_error):
+                subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+                images += [Path(folder, name) for name in sorted(names) if is_image_name(name)]
+                places.add(Path(folder))
+        else:
+            images += images_listed(where)
+            places.add(where)
+    if not images:
         raise DataError(f"{path}: {key} {settings[key]!r} holds no images")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(images)), places
+
+
+def raise_error(error: OSError) -> None:
+    raise error
 
 
 def find_place(path: Path, base, place: str) -> Path:
@@ -119,27 +134,24 @@ def find_place(path: Path, base, place: str) -> Path:
         DataError: it is not there, or both in the folder and outside.
     """
     root = path.parent
-    literal = next((one for one in (root / str(base or "") / place, root / place) if one.exists()), None)
+    literal = next((one for one in (root / str(base or "") / place, root / place) if os.path.exists(one)), None)
     if literal is not None and not place.startswith(".."):
-        return Path(os.path.normpath(literal))
+        return Path(os.path.abspath(literal))
     parts = [part for part in Path(place.replace("\\", "/")).parts if part not in ("..", "/")]
     ends = ("/".join(parts[i:]) for i in range(len(parts)))
-    inside = next((one for end in ends if (one := root / find_name(root, end)).exists()), None)
+    inside = next((one for end in ends if os.path.exists(one := root / find_name(root, end))), None)
     if literal is None and inside is None:
         raise DataError(f"{path}: {place!r} is not there, neither from its path nor from {root}")
     if literal and inside and not literal.samefile(inside):
         raise DataError(f"{path}: {place!r} may be {inside} or {literal.resolve()}; write one of them there")
-    return Path(os.path.normpath(literal or inside))
-
-
-def images_in(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if is_image_name(name))
+    return Path(os.path.abspath(literal or inside))
 
 
 def images_listed(file: Path) -> list[Path]:
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as a list of images: {error}") from None
     return [find_place(file, None, line.strip()) for line in lines if line.strip()]
 
 
@@ -152,22 +164,23 @@ def common_folder(paths: list[Path]) -> Path:
 
 
 def label_file(image: Path) -> Path:
-    """In the folder ``labels`` that stands beside the last ``images`` of the path, else beside the image."""
-    parts = list(image.parts)
-    for i in range(len(parts) - 2, -1, -1):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            break
-    file = Path(*parts).with_suffix(".txt")
+    """In the folder ``labels`` that stands beside the last ``images`` of the path, or beside the image."""
+    beside = image.with_suffix(".txt")
+    parts = list(beside.parts)
+    if "images" in parts[:-1] and not os.path.exists(beside):
+        parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
+    file = Path(*parts)
     return file.parent / find_name(file.parent, file.name)
 
 
-def add_image(content: Content, name: Path, size: tuple[int, int], label: Path, names: dict[int, str]) -> None:
+def add_image(
+    content: Content, name: Path, size: tuple[int, int], label: Path, names: dict[int, str], has_keypoints: bool
+) -> None:
     width, height = size
     image_id = 1 + len(content.images)
     content.images.append({"id": image_id, "file_name": name.as_posix(), "width": width, "height": height})
     try:
-        lines = label.read_text(encoding="utf-8").splitlines() if label.exists() else []
+        lines = label.read_text(encoding="utf-8-sig").splitlines() if os.path.exists(label) else []
     except (OSError, UnicodeDecodeError) as error:
         content.faults.append(f"{label}: cannot be read: {error}")
         return
@@ -175,7 +188,7 @@ def add_image(content: Content, name: Path, size: tuple[int, int], label: Path, 
         if not line.strip():
             continue
         try:
-            class_number, box = parse_line(line, names)
+            class_number, box = parse_line(line, names, has_keypoints)
         except ValueError as error:
             content.faults.append(f"{label}: line {number}: {error}")
             continue
@@ -184,8 +197,8 @@ def add_image(content: Content, name: Path, size: tuple[int, int], label: Path, 
         content.annotations.append(one | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
 
 
-def parse_line(line: str, names: dict[int, str]) -> tuple[int, tuple[float, float, float, float]]:
-    """The class of a line, and its box xywh as fractions of the image.
+def parse_line(line: str, names: dict[int, str], has_keypoints: bool) -> tuple[int, tuple[float, float, float, float]]:
+    """The class of a line, and its box xywh as fractions of the image; ``has_keypoints`` if such follow the box.
 
     Raises:
         ValueError: it is of another form; the text says how.
@@ -194,7 +207,7 @@ def parse_line(line: str, names: dict[int, str]) -> tuple[int, tuple[float, floa
         values = [float(text) for text in line.split()]
     except ValueError:
         raise ValueError("has something that is no number") from None
-    class_number, fractions = as_integer(values[0]), values[1:]
+    class_number, fractions = as_integer(values[0]), values[1:5] if has_keypoints else values[1:]
     if class_number not in names:
         raise ValueError(f"is of class {values[0]:g}, which names does not have")
     if not all(0 <= value <= LARGEST_FRACTION for value in fractions):

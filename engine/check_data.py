@@ -63,14 +63,15 @@ def check_data(splits: dict[str, Split], workers: int, loader_timeout: float) ->
 
 def find_faults(splits: dict[str, Split], workers: int, loader_timeout: float) -> Iterator[str]:
     """One line for each fault, as they are found; prints what was looked at."""
-    checked = []
+    checked, listed = [], set()
     for name, split in splits.items():
         try:
             annotations, faults = split.parse()
         except DataError as error:
             yield str(error)
             continue
-        yield from faults
+        yield from (fault for fault in faults if fault not in listed)  # both splits may be of one file
+        listed |= {*faults}
         if split.has_images():
             yield from faults_of_images(annotations, split.images_dir, workers, loader_timeout)
         else:

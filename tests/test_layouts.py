@@ -125,7 +125,7 @@ def test_each_side_has_an_image(tmp_path, fraction):
     splits = evaluate.find_splits(parse("--data-path", tmp_path, "--val-fraction", fraction), "train", "val")
     assert [len(split.open(tmp_path / "index").image_ids) for split in splits.values()] == [1, 1]
     layouts.write_coco(tmp_path / "a.json", tmp_path / "images", range(1, 2))
-    with pytest.raises(DataError, match=r"a\.json: has too few images to hold some out"):
+    with pytest.raises(DataError, match=r"a\.json: has too few images, or names of their files, to hold some out"):
         splits["val"].open(tmp_path / "index")
 
 
@@ -192,3 +192,85 @@ def test_a_split_data_set_is_not_split_again(tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such folder; --data-path is the folder of a data set"):
         evaluate.find_splits(parse("--data-path", tmp_path / "nowhere"), "train", "val")
+
+
+def test_the_same_images_are_held_out_however_their_names_are_written(tmp_path):
+    """Also where nobody needs the images, as with --detections."""
+    held_out = set()
+    for number, prefix in enumerate(["", "images\\", "images/", "./", f"{tmp_path}/4/images/"]):
+        root = tmp_path / str(number)
+        layouts.write_coco(root / "result.json", root / "images", range(1, 30), prefix=prefix)
+        for needs_images in (True, False):
+            flags = parse("--data-path", root, "--val-fraction", 0.3)
+            split = evaluate.find_splits(flags, "val", needs_images=needs_images)["val"]
+            held_out.add(tuple(split.open(tmp_path / "index", needs_images).image_ids.tolist()))
+    assert len(held_out) == 1
+
+
+def test_detections_need_no_images_though_a_folder_is_named(tmp_path):
+    layouts.write_coco(tmp_path / "val.json", tmp_path / "aside", layouts.VAL)
+    flags = parse("--data-path", tmp_path / "nowhere", "--val-annotations", tmp_path / "val.json")
+    split = evaluate.find_splits(flags, "val", needs_images=False)["val"]
+    assert len(split.open(tmp_path / "index", needs_images=False).image_ids) == 3
+
+
+def test_half_a_coco_data_set(tmp_path):
+    layouts.coco(tmp_path)
+    shutil.rmtree(tmp_path / "val2017")
+    (tmp_path / "annotations/instances_val2017.json").unlink()
+    splits = evaluate.find_splits(parse("--data-path", tmp_path, "--val-fraction", 0.3), "train", "val")
+    assert sum(len(split.open(tmp_path / "index").image_ids) for split in splits.values()) == len(layouts.TRAIN)
+
+
+def test_images_below_a_folder_of_images(tmp_path):
+    layouts.coco(tmp_path)
+    for name in ("train2017", "val2017"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / name).rename(tmp_path / "images" / name)
+    splits = evaluate.find_splits(parse("--data-path", tmp_path), "train", "val")
+    assert [split.images_dir.parent.name for split in splits.values()] == ["images", "images"]
+
+
+def test_a_whole_data_set_lends_its_images_to_files_that_are_named(tmp_path):
+    layouts.label_studio(tmp_path)
+    split = evaluate.find_splits(parse("--data-path", tmp_path, "--val-annotations", tmp_path / "result.json"), "val")[
+        "val"
+    ]
+    assert split.images_dir == tmp_path / "images"
+
+
+def test_hidden_folders_are_no_part_of_it(tmp_path):
+    for make, folder in ((layouts.plain, "."), (layouts.voc_whole, "Annotations"), (layouts.voc_whole, "JPEGImages")):
+        root = tmp_path / f"{make.__name__}{folder}"
+        make(root)
+        copies = root / folder / ".ipynb_checkpoints"
+        for file in [
+            *root.glob("photographs/*1.jpg"),
+            *root.glob("Annotations/*1.xml"),
+            *root.glob("JPEGImages/*1.jpg"),
+        ]:
+            copies.mkdir(exist_ok=True)
+            shutil.copy(file, copies / f"{file.stem}-checkpoint{file.suffix}")
+        splits = evaluate.find_splits(parse("--data-path", root, "--val-fraction", 0.3), "train", "val")
+        assert sum(len(split.open(tmp_path / "index").image_ids) for split in splits.values()) == 9
+
+
+def test_a_fault_of_both_halves_is_listed_once(tmp_path, capsys):
+    layouts.plain(tmp_path)
+    content = json.loads((tmp_path / "labels.json").read_text())
+    content["annotations"][0]["iscrowd"] = 7
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    splits = evaluate.find_splits(parse("--data-path", tmp_path, "--val-fraction", 0.3), "train", "val")
+    assert len(list(check_data.find_faults(splits, workers=0, loader_timeout=0))) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """By who may not: root may read anything, so that it is told no."""
+    layouts.plain(tmp_path)
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}: cannot be read (Permission denied)")):
+        evaluate.find_splits(parse("--data-path", tmp_path), "train", "val")

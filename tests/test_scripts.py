@@ -369,6 +369,13 @@ def test_a_run_without_resume_sets_the_files_of_an_earlier_one_aside(data_path, 
     assert (tmp_path / "previous-1" / "metrics.jsonl").exists()
 
 
+def test_a_resumed_run_tries_where_its_pictures_will_go(data_path, tmp_path):
+    train_steps(data_path, tmp_path, "--max-steps", 1, "--workers", 0)
+    (tmp_path / "pictures").touch()
+    with pytest.raises(ValueError, match=r"pictures: cannot be written \(File exists\)"):
+        train_steps(data_path, tmp_path, "--max-steps", 2, "--workers", 0, "--resume", "auto")
+
+
 def test_an_evaluation_that_an_interruption_prevented_is_made_up_for(data_path, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "infer", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):

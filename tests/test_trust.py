@@ -63,7 +63,7 @@ def test_resume_auto_neither_runs_code_nor_begins_anew(data_path, tmp_path, mali
 def test_annotations_do_not_reach_out_of_the_image_folder(tmp_path, write, name):
     path = write([annotation(1)], images=[image(1) | {"file_name": name}])
     with pytest.raises(DataError, match=r"image 1 has file_name .* it must be a path inside the image folder"):
-        coco.read_annotations(path)
+        coco.read_annotations(path, images_dir=tmp_path)
 
 
 def test_an_index_of_annotations_is_no_way_around(tmp_path, write):

@@ -46,7 +46,9 @@ def test_ids_of_annotations_that_no_scorer_takes_are_numbered_anew(write, ids, e
     a = read_annotations(write(annotations))
     assert a.annotation_ids.tolist() == expected
     number = sum(new != old for new, old in zip(expected, ids, strict=True) if old != "7")
-    assert note_of(a) == f"{number} annotations have ids that are missing, doubled or not positive: numbered anew"
+    assert (
+        note_of(a) == f"{number} annotations have ids that are missing, doubled or no positive integers: numbered anew"
+    )
 
 
 def test_annotations_without_any_id(write):
@@ -240,6 +242,31 @@ def test_names_that_are_spelled_otherwise_are_found(write, tmp_path, written, fo
         )
         assert coco.load_image(a, folder, 0).shape == (80, 100, 4)
         assert f"the file_name of 1 images is not as the files are named, such as {other!r}: found" in note_of(a)
+
+
+def test_a_file_that_comes_later_is_found(write, tmp_path):
+    """By an index of before it was there, and after it was renamed in the same process."""
+    (tmp_path / "images/sub").mkdir(parents=True)
+    for written, names in (("sub\\1.png", ["sub/1.png"]), ("\u00e9.png", ["e\u0301.png", "\u00e9.png"])):
+        path = write([annotation(1)], images=[image(1) | {"file_name": written}])
+        assert read_annotations(path, tmp_path / "index", tmp_path / "images").file_name(0) == written
+        for name in names:
+            for old in (tmp_path / "images").glob("*.png"):
+                old.unlink()
+            Image.new("RGB", (100, 80)).save(tmp_path / "images" / name)
+            assert read_annotations(path, tmp_path / "index", tmp_path / "images").file_name(0) == name
+
+
+@pytest.mark.parametrize("name", ["\u00e9" * 300 + ".png", "sub\\" + "x" * 300 + ".png"])
+def test_names_that_are_too_long_for_files(write, tmp_path, name):
+    a = read_annotations(write([annotation(1)], images=[image(1) | {"file_name": name}]), images_dir=tmp_path)
+    assert "cannot be" in coco.fault_of_image(a, tmp_path, 0) or "no such file" in coco.fault_of_image(a, tmp_path, 0)
+
+
+def test_groups_alone_are_no_classes(write):
+    circle = [{"id": 1, "name": "a", "supercategory": "b"}, {"id": 2, "name": "b", "supercategory": "a"}]
+    with pytest.raises(DataError, match="lists no images or no categories"):
+        read_annotations(write([], categories=circle))
 
 
 def test_the_image_folder_may_be_the_current_one(write, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,43 @@ def test_without_a_test_the_set_val_is_validated_on(tmp_path):
     assert (len(train.image_ids), len(val.image_ids)) == (2, 1)
 
 
+def test_the_test_of_2012_has_no_annotations(tmp_path):
+    layouts.voc(tmp_path)
+    (tmp_path / "VOC2012/ImageSets/Main/test.txt").write_text("2012_000001\n")
+    assert sources(tmp_path)["val"].sets == (("VOC2007", "test"),)
+
+
+def test_a_folder_has_the_same_classes_from_wherever_it_is_named(tmp_path, monkeypatch):
+    layouts.write_voc(tmp_path / "VOC2012", {"train": [1, 2], "val": [3]})
+    monkeypatch.chdir(tmp_path / "VOC2012")
+    assert len(coco.read_annotations(sources(Path("."))["train"]).categories) == 20
+
+
+def test_a_list_may_name_an_image_twice_and_begin_with_a_mark(tmp_path):
+    layouts.voc_folder(tmp_path)
+    file = tmp_path / "ImageSets/Main/train.txt"
+    file.write_text("\ufeff000001\n000002\n000001\n", encoding="utf-8")
+    assert len(coco.read_annotations(sources(tmp_path)["train"]).image_ids) == 2
+
+
+def test_an_image_that_comes_later_is_seen(tmp_path):
+    layouts.voc_folder(tmp_path)
+    file = tmp_path / "JPEGImages/000001.jpg"
+    file.rename(tmp_path / "aside.jpg")
+    source = sources(tmp_path)["train"]
+    assert coco.read_annotations(source, tmp_path / "index", tmp_path).file_name(0) == "JPEGImages/000001.jpg"
+    (tmp_path / "aside.jpg").rename(file.with_suffix(".JPG"))
+    assert coco.read_annotations(source, tmp_path / "index", tmp_path).file_name(0) == "JPEGImages/000001.JPG"
+
+
+def test_no_objects_at_all(tmp_path):
+    layouts.voc_folder(tmp_path)
+    for file in (tmp_path / "Annotations").iterdir():
+        file.write_text("<annotation></annotation>")
+    with pytest.raises(DataError, match="lists no images or no categories"):
+        coco.read_annotations(sources(tmp_path)["train"])
+
+
 def test_trainval_alone_comes_in_one(tmp_path):
     layouts.write_voc(tmp_path / "VOC2007", {"trainval": [1, 2, 3]})
     assert sources(tmp_path).keys() == {"train"}
@@ -65,6 +103,8 @@ def test_other_classes_are_those_of_all_records(tmp_path):
         ("<name>dog</name>", "<name> </name>", "object 1 has the name ''; it must be a text in one line"),
         ("<difficult>0</difficult>", "<difficult>2</difficult>", "object 1 has difficult 2; it must be 0 or 1"),
         ("<annotation>", "<annotation", "cannot be read as XML"),
+        ("<annotation>", '<?xml version="1.0" encoding="foo"?><annotation>', "cannot be read as XML"),
+        ("<annotation>", '<annotation xmlns="http://x">', "is no record of Pascal VOC: it begins with {http://x}annot"),
     ],
 )
 def test_faulty_records_are_named(tmp_path, old, new, says):
@@ -94,6 +134,7 @@ def test_fields_that_may_be_missing_or_written_otherwise(tmp_path):
         ("<xmin>13</xmin>", "<xmin>13.0</xmin>"),
         ("<size><width>96</width><height>72</height><depth>3</depth></size>", ""),
         ("<width>96</width>", "<width>0</width>"),
+        ("<width>96</width>", "<width>96.0</width>"),
         ("<name>dog</name>", "<name> dog\n</name>"),
         ("000001.jpg", "C:\\photographs\\other.jpg"),
     ]

@@ -1,5 +1,7 @@
 import unicodedata
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -85,8 +87,12 @@ def test_boxes_are_of_the_upright_image(tmp_path):
     ("settings", "says"),
     [
         ("train: images/train\nval: images/val\n", "has no list of names of the classes"),
-        ("train: images/train\nnames: [cat, '']\n", r"names has 1: ''; it must give each class number a text"),
-        ("train: images/train\nnames: {zero: cat}\n", r"names has 'zero': 'cat'"),
+        ("train: images/train\nnames: [cat, '']\n", r"names has 1: ''; it must give each class number once a text"),
+        ("train: images/train\nnames: {zero: cat}\n", "names has 'zero': 'cat'"),
+        ("train: images/train\nnames: [no, yes]\n", "names has 0: False"),
+        ("train: images/train\nnames: {0: null}\n", "names has 0: None"),
+        ("train: images/train\nnames: [[a], b]\n", r"names has 0: \['a'\]"),
+        ('train: images/train\nnames: {0: a, "0": b}\n', "names has '0': 'b'"),
         ("train: nowhere\nnames: [cat, dog]\n", r"'nowhere' is not there, neither from its path nor from"),
         ("train: labels/train\nnames: [cat, dog]\n", "train 'labels/train' holds no images"),
         ("[1, 2]", "is no data.yaml"),
@@ -144,6 +150,71 @@ def test_labels_are_found_however_letters_are_spelled(tmp_path):
     (tmp_path / "images/train/000001.jpg").rename(tmp_path / f"images/train/{names[0]}.jpg")
     (tmp_path / "labels/train/000001.txt").rename(tmp_path / f"labels/train/{names[1]}.txt")
     assert len(read(tmp_path).boxes) == len(layouts.TRAIN)
+
+
+def test_keypoints_are_no_polygon(tmp_path):
+    layouts.yolo(tmp_path)
+    with (tmp_path / "data.yaml").open("a") as file:
+        file.write("kpt_shape: [2, 2]\n")
+    (tmp_path / "labels/train/000001.txt").write_text("0 0.5 0.5 0.4 0.4 0.45 0.45 0.55 0.55\n")
+    assert read(tmp_path).boxes[0].tolist() == pytest.approx([28.8, 21.6, 38.4, 28.8])
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_half_turned_images_are_turned_too(tmp_path, orientation):
+    layouts.yolo(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "images/train/000001.jpg"
+    Image.open(file).save(file, exif=exif, quality=95)
+    np.testing.assert_array_equal(coco.load_image(read(tmp_path), file.parent, 0), coco.load_upright(file))
+
+
+def test_files_in_other_encodings(tmp_path):
+    """A mark of the byte order, as Windows writes it; and what is no text at all."""
+    layouts.yolo_whole(tmp_path)
+    expected = read(tmp_path)
+    for file in (tmp_path / "train.txt", tmp_path / "photographs/000001.txt", tmp_path / "data.yaml"):
+        file.write_text("\ufeff" + file.read_text(), encoding="utf-8")
+    assert read(tmp_path).boxes.tolist() == expected.boxes.tolist()
+    (tmp_path / "train.txt").write_bytes(b"./photographs/\xe9.jpg\n")
+    with pytest.raises(DataError, match=r"train\.txt: cannot be read as a list of images"):
+        read(tmp_path)
+
+
+def test_places_may_be_absolute_and_relative(tmp_path, monkeypatch):
+    layouts.yolo(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    places = f"[images/train, {tmp_path / 'set/images/val'}]"
+    (tmp_path / "set/data.yaml").write_text(f"train: {places}\nnames: [cat, dog]\n")
+    assert len(read(Path("set")).image_ids) == len([*layouts.TRAIN, *layouts.VAL])
+
+
+def test_labels_may_lie_beside_images_in_a_folder_of_that_name(tmp_path):
+    layouts.yolo(tmp_path)
+    for file in (tmp_path / "labels/train").iterdir():
+        file.rename(tmp_path / "images/train" / file.name)
+    assert len(read(tmp_path).boxes) == len(layouts.TRAIN)
+
+
+def test_what_comes_later_is_seen(tmp_path):
+    """By an index of before: labels, images of a new folder, and another list."""
+
+    def indexed(root):
+        split = yolo.find_splits(root / "data.yaml")["train"]
+        return coco.read_annotations(split.source, tmp_path / "index", split.images_dir)
+
+    layouts.yolo(tmp_path / "a")
+    (tmp_path / "a/labels").rename(tmp_path / "a/aside")
+    assert len(indexed(tmp_path / "a").boxes) == 0
+    (tmp_path / "a/aside").rename(tmp_path / "a/labels")
+    assert len(indexed(tmp_path / "a").boxes) == len(layouts.TRAIN)
+    layouts.save_image(tmp_path / "a/images/train/new", 20)
+    assert len(indexed(tmp_path / "a").image_ids) == len(layouts.TRAIN) + 1
+    layouts.yolo_whole(tmp_path / "b")
+    assert len(indexed(tmp_path / "b").image_ids) == 9
+    (tmp_path / "b/train.txt").write_text("photographs/000001.jpg\n")
+    assert len(indexed(tmp_path / "b").image_ids) == 1
 
 
 def test_a_place_in_the_folder_and_outside_is_ambiguous(tmp_path):

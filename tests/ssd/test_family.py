@@ -318,7 +318,7 @@ def test_damaged_weights_are_refused_whatever_the_classes(coco_weights, tmp_path
     torch.save(torch.load(coco_weights, weights_only=True) | {name: value}, path)
     with pytest.raises(ValueError, match=r"damaged.pth: (damaged|not the weights of|expected a state dict)") as error:
         ssd.get_model("ssd300_resnet18", weights=str(path), num_classes=num_classes)
-    assert len(str(error.value)) < 400
+    assert len(str(error.value).replace(str(tmp_path), "")) < 350
 
 
 @pytest.mark.parametrize(
