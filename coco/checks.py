@@ -190,9 +190,12 @@ class Check:
         """Gives ids to the annotations that have none that the scorers can use."""
         seen, without = set(), []
         for one in annotations:
-            one["id"] = annotation_id = as_integer(one.get("id"))
+            written = one.get("id")
+            one["id"] = annotation_id = as_integer(written)
             if rules.is_annotation_id(annotation_id) and annotation_id not in seen:
                 seen.add(annotation_id)
+                if annotation_id is not written:
+                    self.mended["annotations", "id", OTHER_TYPE].append(written)
             else:
                 without.append(one)
         new_ids = count(1 + max(seen, default=0))

@@ -35,7 +35,7 @@ def note_of(annotations: coco.CocoAnnotations) -> str:
         ([0, 1, 2], [3, 1, 2]),
         ([5, 5, 5], [5, 6, 7]),
         ([None, 9, None], [10, 9, 11]),
-        (["a41-f", "7", "b"], [8, 7, 9]),
+        (["a41-f", 7, "b"], [8, 7, 9]),
         ([-1, 10**15, 10**400], [1, 2, 3]),
         ([0, 0, 0], [1, 2, 3]),
         ([3, "3", 3.0], [3, 4, 5]),
@@ -45,7 +45,7 @@ def test_ids_of_annotations_that_no_scorer_takes_are_numbered_anew(write, ids, e
     annotations = [one | {"id": new} for one, new in zip(PLAIN, ids, strict=True)]
     a = read_annotations(write(annotations))
     assert a.annotation_ids.tolist() == expected
-    number = sum(new != old for new, old in zip(expected, ids, strict=True) if old != "7")
+    number = sum(new != old for new, old in zip(expected, ids, strict=True))
     assert (
         note_of(a) == f"{number} annotations have ids that are missing, doubled or no positive integers: numbered anew"
     )
@@ -77,6 +77,7 @@ def test_ids_that_are_numbered_anew_score_as_those_of_a_sound_file(write, tmp_pa
         ("images", "width"),
         ("images", "height"),
         ("categories", "id"),
+        ("annotations", "id"),
         ("annotations", "image_id"),
         ("annotations", "category_id"),
         ("annotations", "iscrowd"),
