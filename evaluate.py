@@ -105,6 +105,7 @@ def read_detections(args: argparse.Namespace, annotations: CocoAnnotations) -> I
 def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: Path, found: Inference) -> None:
     """Writes ``--output-dir``, the detections before they are scored, and prints the scores."""
     output_dir = Path(args.output_dir)
+    (output_dir / "metrics.json").unlink(missing_ok=True)  # an earlier evaluation's would pass for that of these
     if args.detections is None:
         scoring.write_results(output_dir / "detections.json", found.detections)
     if not annotations.has_annotations:

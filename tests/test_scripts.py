@@ -181,6 +181,8 @@ def test_a_list_of_images_is_detected_on(trained, data_path, tmp_path, capsys, k
         evaluate.main(evaluate.get_args_parser().parse_args(arguments))
         return json.loads((output_dir / "detections.json").read_text())
 
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/metrics.json").write_text("of an earlier evaluation")
     found = evaluate_on(tmp_path / "list.json", tmp_path / "list")
     assert "list.json has no annotations: nothing to score; the detections are in" in capsys.readouterr().out
     assert not (tmp_path / "list/metrics.json").exists()
