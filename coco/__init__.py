@@ -20,7 +20,7 @@ shapes.py         the embedded data set, drawn at first use
 
 from . import scoring, shapes, voc_scoring
 from .annotations import agree_on_groups, check_same_classes, parse_annotations, read_annotations
-from .images import SUFFIXES, fault_of_image, is_turned, load_image, load_or_skip, load_upright
+from .images import SUFFIXES, fault_of_image, is_image_name, is_turned, load_image, load_or_skip, load_upright
 from .index import CocoAnnotations
 from .layouts import find_splits
 from .objects import is_object, objects_of_image
@@ -39,6 +39,7 @@ __all__ = [
     "fault_of_image",
     "find_splits",
     "hold_in_memory",
+    "is_image_name",
     "is_object",
     "is_turned",
     "load_image",

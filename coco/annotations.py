@@ -62,10 +62,13 @@ def read_annotations(
     index = None if index_dir is None else index_path(source.path, Path(index_dir), f"{source} {images_dir} {part}")
     if index is not None and (annotations := open_index(index, source.path)) is not None:
         return annotations
-    annotations, faults = parse_annotations(source, images_dir, part)
-    if faults:
-        others = f" (and {len(faults) - 1} more faults; train.py --check-data lists them)" if len(faults) > 1 else ""
-        raise DataError(faults[0] + others)
+    if part is not None:  # whose other part reads the same files
+        annotations = part.of(read_annotations(source, index_dir, images_dir))
+    else:
+        annotations, faults = parse_annotations(source, images_dir)
+        if faults:
+            more = f" (and {len(faults) - 1} more faults; train.py --check-data lists them)" if len(faults) > 1 else ""
+            raise DataError(faults[0] + more)
     return annotations if index is None else write_index(annotations, index)
 
 

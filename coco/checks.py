@@ -5,7 +5,6 @@ What programs write otherwise than COCO does, and can be read without guessing, 
 
 import reprlib
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -16,13 +15,12 @@ from numpy import ndarray
 
 from . import rules
 from .file_names import find_name, is_odd, readings, relative_name
-from .images import read_size
+from .images import read_sizes
 from .index import CocoAnnotations
 from .rules import DataError, Rule, as_integer
 
 SINGULAR = {"images": "image", "categories": "category", "annotations": "annotation"}
 DEFAULTS = {"area": "width x height is used, which may move scores by size", "iscrowd": "taken for no crowd"}
-READING_THREADS = 32  # a network file system answers many readers at once
 OTHER_NAME = "not as the files are named, such as {}: found all the same"
 OTHER_TYPE = "a text or a float, such as {}: taken for the integer"
 
@@ -47,6 +45,17 @@ class Content:
     faults: list[str] = field(default_factory=list)
     is_upright: bool = False
     is_voc: bool = False
+
+    def add_image(self, file_name: str, width, height) -> int:
+        """Adds an image with the next id, and returns that."""
+        image_id = 1 + len(self.images)
+        self.images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
+        return image_id
+
+    def add_box(self, image_id: int, category_id: int, box: list[float], is_crowd: int = 0) -> None:
+        """Adds an annotation, whose box is xywh in pixels, with the next id."""
+        one = {"id": 1 + len(self.annotations), "image_id": image_id, "category_id": category_id, "bbox": box}
+        self.annotations.append(one | {"area": box[2] * box[3], "iscrowd": is_crowd})
 
 
 class Check:
@@ -91,13 +100,7 @@ class Check:
             ]
         self.number(annotations)
         arrays, missing = to_arrays(images, annotations)
-        for key, number in missing.items():
-            self.note(f"{number} annotations have no {key}: {DEFAULTS[key]}")
-        for (table, name, note), values in self.mended.items():
-            self.note(f"the {name} of {len(values)} {table} is {note.format(reprlib.repr(values[0]))}")
-        if groups:
-            names = ", ".join(repr(group["name"]) for group in groups)
-            self.note(f"categories that only group others, without annotations: {names}; no classes, unless elsewhere")
+        self.note_what_was_odd(missing, groups)
         return CocoAnnotations(
             path=self.path,
             **arrays,
@@ -109,6 +112,15 @@ class Check:
             notes=self.notes,
             files=[str(file) for file in dict.fromkeys(self.files)],
         )
+
+    def note_what_was_odd(self, missing: dict[str, int], groups: list[dict]) -> None:
+        for key, number in missing.items():
+            self.note(f"{number} annotations have no {key}: {DEFAULTS[key]}")
+        for (table, name, note), values in self.mended.items():
+            self.note(f"the {name} of {len(values)} {table} is {note.format(reprlib.repr(values[0]))}")
+        if groups:
+            names = ", ".join(repr(group["name"]) for group in groups)
+            self.note(f"categories that only group others, without annotations: {names}; no classes, unless elsewhere")
 
     def note(self, text: str) -> None:
         self.notes.append(f"{self.path}: {text}")
@@ -161,10 +173,8 @@ class Check:
         if not unknown or self.images_dir is None:
             return images
         paths = [self.images_dir / image["file_name"] for image in unknown]
-        with ThreadPoolExecutor(READING_THREADS) as pool:
-            sizes = list(pool.map(read_size, paths))
         unreadable = set()
-        for image, size in zip(unknown, sizes, strict=True):
+        for image, size in zip(unknown, read_sizes(paths), strict=True):
             if isinstance(size, str):
                 unreadable.add(image["id"])
                 self.faults.append(f"{self.path}: image {image['id']} tells no size, nor does its file: {size}")

@@ -48,7 +48,7 @@ def as_spelled(folder: Path, name: str) -> str | None:
     found = []
     for part in Path(name).parts:
         if not os.path.exists(folder / part):
-            part = spellings(folder).get(unicodedata.normalize("NFC", part))
+            part = spellings(folder).get(comparable(part))
             if part is None:
                 return None
         folder /= part
@@ -58,6 +58,11 @@ def as_spelled(folder: Path, name: str) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def spellings(folder: Path) -> dict[str, str]:
-    """The names in a folder, by how they are spelled with composed letters (Unicode's form NFC)."""
+    """The names in a folder, by what they are compared by."""
     names = os.listdir(folder) if folder.is_dir() else []
-    return {unicodedata.normalize("NFC", name): name for name in names}
+    return {comparable(name): name for name in names}
+
+
+def comparable(name: str) -> str:
+    """What names are compared by: with the separators of this system, and composed letters (Unicode's form NFC)."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))

@@ -5,6 +5,8 @@ import errno
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL.Image import Transpose
 
 from .index import CocoAnnotations
 from .rules import DataError
+from .shared_files import READING_THREADS
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # as Pillow names them; of a GIF the first frame
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -52,6 +55,11 @@ UNDOES = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
 FIRST_QUARTER_TURN = 5  # from here on width and height change places
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image by its name; hidden ones are none."""
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+
+
 @contextlib.contextmanager
 def open_image(file: Path | io.BytesIO, where: str, whole: bool = True) -> Iterator[Image.Image]:
     """Opens an image file, and while it is in use turns what Pillow has to say into errors for the user.
@@ -66,7 +74,7 @@ def open_image(file: Path | io.BytesIO, where: str, whole: bool = True) -> Itera
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # see check_pixels
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # see load_image and read_size
             image = Image.open(file, formats=FORMATS)
             if whole and image.format == "PNG":  # whose checksums Pillow looks at only when it is asked to
                 with image:
@@ -170,6 +178,12 @@ def read_size(path: Path, is_upright: bool = False) -> tuple[int, int] | str:
         return str(error)
 
 
+def read_sizes(paths: list[Path], is_upright: bool = False) -> list[tuple[int, int] | str]:
+    """What ``read_size`` says of many files."""
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        return list(pool.map(partial(read_size, is_upright=is_upright), paths))
+
+
 def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content: bytes | None = None) -> ndarray:
     """Decodes an image, see ``to_pixels``.
 
@@ -204,9 +218,11 @@ def load_image(annotations: CocoAnnotations, images_dir: Path, row: int, content
 def is_turned(annotations: CocoAnnotations, images_dir: Path, row: int) -> bool:
     """Whether ``load_image`` turns an image, which can be read."""
     path = images_dir / annotations.file_name(row)
+    size = tuple(annotations.sizes[row, ::-1].tolist())
     with open_image(path, str(path), whole=False) as image:
-        stored, _ = sizes(image)
-    return stored != tuple(annotations.sizes[row, ::-1].tolist())
+        if image.size == size and not turns_itself(image):
+            return False  # without a look at EXIF data, for which Pillow would decode a PNG file
+        return sizes(image)[0] != size
 
 
 def fault_of_image(annotations: CocoAnnotations, images_dir: Path, row: int) -> str:

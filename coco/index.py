@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import unicodedata
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
+from .file_names import comparable
 from .rules import DataError
 
 MAX_COCO_CATEGORY_ID = 90
@@ -152,8 +152,8 @@ class HeldOut:
 
 def place_of(file_name: str) -> float:
     """Where a hash of its name puts an image between 0 and 1, however a system spells the name."""
-    spelled = unicodedata.normalize("NFC", file_name.replace("\\", "/").rpartition("/")[2])
-    return int.from_bytes(hashlib.sha256(spelled.encode()).digest()[:6]) / 2**48
+    name = comparable(file_name).rpartition("/")[2]
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
 
 
 def select_images(annotations: CocoAnnotations, rows: ndarray) -> CocoAnnotations:

@@ -9,7 +9,7 @@ import utils
 
 from . import shapes, voc, yolo
 from .annotations import JsonFile
-from .images import SUFFIXES
+from .images import is_image_name
 from .index import HeldOut
 from .rules import DataError
 from .sources import Split
@@ -88,7 +88,7 @@ def named(found: Splits) -> Splits:
 
 
 def has_images(folder: Path) -> bool:
-    return any(file.suffix.lower() in SUFFIXES and not file.name.startswith(".") for file in folder.iterdir())
+    return any(is_image_name(file.name) for file in folder.iterdir())
 
 
 def find_layout(root: Path) -> tuple[str, Splits]:
@@ -149,19 +149,20 @@ def find_splits(
         is_split = "val" in found or (files.keys() == {*SPLITS} and splits["val"] is not None)
         splits = hold_out(splits, val_fraction, is_split)
     for name in files:
-        flags = f"--{name}-images and --{name}-annotations"
-        if splits[name] is None and found:
-            if name == "train":
-                raise DataError(f"{data_path}: has nothing to train on; name its files with {flags}")
-            raise DataError(
-                f"{data_path}: comes in one; hold some of it out to validate on, with --val-fraction 0.2, or name more "
-                f"files with {flags}"
-            )
         if splits[name] is None or (needs_images and splits[name].images_dir is None):
-            raise DataError(
-                f"--data-path is missing: give the folder of a data set, or {flags}; --dataset shapes needs neither"
-            )
+            raise DataError(what_is_missing(name, data_path if splits[name] is None and found else None))
     return {name: splits[name] for name in files}
+
+
+def what_is_missing(name: str, data_path: str | None) -> str:
+    """That there is no split of this name, in the data set of ``data_path`` or because none is named (None)."""
+    flags = f"--{name}-images and --{name}-annotations"
+    if data_path is None:
+        return f"--data-path is missing: give the folder of a data set, or {flags}; --dataset shapes needs neither"
+    if name == "train":
+        return f"{data_path}: has nothing to train on; name its files with {flags}"
+    remedy = "hold some of it out to validate on, with --val-fraction 0.2"
+    return f"{data_path}: comes in one; {remedy}, or name more files with {flags}"
 
 
 def describe(layout: str, root: Path, splits: Splits) -> str:

@@ -4,13 +4,13 @@ Boxes become COCO's: VOC counts pixels from 1 and includes the last, so that its
 are marked as difficult become crowds, which are not trained on and do not count in COCO's scores.
 """
 
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 from .checks import Content
+from .file_names import comparable
 from .images import SUFFIXES
 from .rules import DataError, as_integer, is_box, is_text
 from .sources import Split
@@ -52,12 +52,12 @@ class VocSets:
             folder = self.root / folder
             images = files_by_name(folder / "JPEGImages", SUFFIXES)
             for image_name in files[folder] if name is None else list_images(folder / LISTS / f"{name}.txt"):
-                file = files[folder].get(spelled(image_name), folder / "Annotations" / f"{image_name}.xml")
+                file = files[folder].get(comparable(image_name), folder / "Annotations" / f"{image_name}.xml")
                 record = records.get(file, f"{file}: no such file, though {self.path} lists it")
                 if isinstance(record, str):
                     content.faults.append(record)
                 else:
-                    image = images.get(spelled(image_name), folder / "JPEGImages" / f"{image_name}.jpg")
+                    image = images.get(comparable(image_name), folder / "JPEGImages" / f"{image_name}.jpg")
                     add_image(content, image.relative_to(self.root).as_posix(), file, record, names)
         return content
 
@@ -94,11 +94,11 @@ def read_record(file: Path) -> ElementTree.Element | str:
     """The content of an XML file; a text, what is wrong, if it has none."""
     try:
         record = ElementTree.parse(file).getroot()
-        return (
-            record if record.tag == "annotation" else f"{file}: is no record of Pascal VOC: it begins with {record.tag}"
-        )
     except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
         return f"{file}: cannot be read as XML: {error}"
+    if record.tag != "annotation":
+        return f"{file}: is no record of Pascal VOC: it begins with {record.tag}"
+    return record
 
 
 def class_names(folders: list[Path], records: Iterable[ElementTree.Element | str]) -> list[str]:
@@ -128,26 +128,19 @@ def files_by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     for file in sorted(folder.glob("**/*")):
         name = file.relative_to(folder)
         if file.suffix.lower() in suffixes and not any(part.startswith(".") for part in name.parts):
-            found.setdefault(spelled(name.with_suffix("").as_posix()), file)
+            found.setdefault(comparable(name.with_suffix("").as_posix()), file)
     return found
 
 
-def spelled(name: str) -> str:
-    """A name as it is compared: with the separators of this system, and composed letters."""
-    return unicodedata.normalize("NFC", name.replace("\\", "/"))
-
-
 def add_image(content: Content, name: str, file: Path, record: ElementTree.Element, names: list[str]) -> None:
-    image_id = 1 + len(content.images)
-    size = {side: as_number(record.findtext(f"size/{side}", "")) for side in ("width", "height")}
-    content.images.append({"id": image_id, "file_name": name, **size})
+    image_id = content.add_image(
+        name, *(as_number(record.findtext(f"size/{side}", "")) for side in ("width", "height"))
+    )
     for number, one in enumerate(record.findall("object"), start=1):
         try:
-            fields = read_object(one, names)
+            content.add_box(image_id, *read_object(one, names))
         except ValueError as error:
             content.faults.append(f"{file}: object {number} {error}")
-            continue
-        content.annotations.append({"id": 1 + len(content.annotations), "image_id": image_id, **fields})
 
 
 def as_number(text: str):
@@ -158,8 +151,8 @@ def as_number(text: str):
         return text
 
 
-def read_object(one: ElementTree.Element, names: list[str]) -> dict:
-    """Class, box and difficulty of an object, as COCO has them.
+def read_object(one: ElementTree.Element, names: list[str]) -> tuple[int, list[float], int]:
+    """Category id, box xywh and difficulty of an object.
 
     Raises:
         ValueError: one of them is missing, or cannot be; the text says which.
@@ -181,4 +174,4 @@ def read_object(one: ElementTree.Element, names: list[str]) -> dict:
     difficult = as_number(one.findtext("difficult", "0").strip() or "0")
     if difficult not in (0, 1):
         raise ValueError(f"has difficult {difficult!r}; it must be 0 or 1")
-    return {"category_id": 1 + names.index(name), "bbox": box, "area": box[2] * box[3], "iscrowd": difficult}
+    return 1 + names.index(name), box, difficult

@@ -5,14 +5,12 @@ numbers it is a polygon, of which the box around it is taken. An image without s
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from .checks import READING_THREADS, Content
+from .checks import Content
 from .file_names import find_name
-from .images import SUFFIXES, read_size
+from .images import is_image_name, read_sizes
 from .rules import DataError, as_integer, is_integer, is_text
 from .sources import Split
 
@@ -36,15 +34,16 @@ class YoloLabels:
         depends_on = {self.path, *places, *paths, *labels, *(label.parent for label in labels)}
         categories = [{"id": number, "name": name} for number, name in names.items()]
         content = Content([], categories, [], sorted(depends_on), is_upright=True)  # as YOLO's programs see images
-        has_keypoints = "kpt_shape" in settings
-        with ThreadPoolExecutor(READING_THREADS) as pool:
-            sizes = list(pool.map(partial(read_size, is_upright=True), paths))
-        for path, size, label in zip(paths, sizes, labels, strict=True):
+        has_keypoints, without = "kpt_shape" in settings, 0
+        for path, size, label in zip(paths, read_sizes(paths, is_upright=True), labels, strict=True):
             if isinstance(size, str):
                 content.faults.append(size)
+                continue
+            image_id = content.add_image(path.relative_to(folder).as_posix(), *size)
+            if os.path.exists(label):
+                add_labels(content, image_id, size, label, names, has_keypoints)
             else:
-                add_image(content, path.relative_to(folder), size, label, names, has_keypoints)
-        without = sum(not os.path.exists(label) for label in labels)
+                without += 1
         if without:
             content.notes.append(f"{self.path}: {without} images have no label file: taken as images without objects")
         return content
@@ -155,10 +154,6 @@ def images_listed(file: Path) -> list[Path]:
     return [find_place(file, None, line.strip()) for line in lines if line.strip()]
 
 
-def is_image_name(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-
-
 def common_folder(paths: list[Path]) -> Path:
     return Path(os.path.commonpath([path.parent for path in paths]))
 
@@ -173,14 +168,11 @@ def label_file(image: Path) -> Path:
     return file.parent / find_name(file.parent, file.name)
 
 
-def add_image(
-    content: Content, name: Path, size: tuple[int, int], label: Path, names: dict[int, str], has_keypoints: bool
+def add_labels(
+    content: Content, image_id: int, size: tuple[int, int], label: Path, names: dict[int, str], has_keypoints: bool
 ) -> None:
-    width, height = size
-    image_id = 1 + len(content.images)
-    content.images.append({"id": image_id, "file_name": name.as_posix(), "width": width, "height": height})
     try:
-        lines = label.read_text(encoding="utf-8-sig").splitlines() if os.path.exists(label) else []
+        lines = label.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         content.faults.append(f"{label}: cannot be read: {error}")
         return
@@ -191,10 +183,8 @@ def add_image(
             class_number, box = parse_line(line, names, has_keypoints)
         except ValueError as error:
             content.faults.append(f"{label}: line {number}: {error}")
-            continue
-        x, y, w, h = (value * side for value, side in zip(box, (width, height, width, height), strict=True))
-        one = {"id": 1 + len(content.annotations), "image_id": image_id, "category_id": class_number}
-        content.annotations.append(one | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+        else:
+            content.add_box(image_id, class_number, [part * side for part, side in zip(box, size * 2, strict=True)])
 
 
 def parse_line(line: str, names: dict[int, str], has_keypoints: bool) -> tuple[int, tuple[float, float, float, float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.models.detection import SSD300_VGG16_Weights
 
-from coco import SUFFIXES, DataError, load_or_skip, load_upright
+from coco import SUFFIXES, DataError, is_image_name, load_or_skip, load_upright
 
 from . import pictures, reports
 
@@ -33,16 +33,12 @@ def find_images(path: str | Path, output_dir: Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"{path}: no such image or folder")
     try:
-        found = sorted(file for file in path.iterdir() if is_image(file))
+        found = sorted(file for file in path.iterdir() if is_image_name(file.name) and file.is_file())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not found:
         raise DataError(f"{path}: has no image; looked for {', '.join(SUFFIXES)}")
     return found
-
-
-def is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def class_names(classes: list[dict] | None, num_classes: int) -> dict[int, str]:
