@@ -77,14 +77,14 @@ def to_results(image_id: int, detections: dict[str, Tensor]) -> list[dict]:
 
 
 @torch.inference_mode()
-def run_reference(model: torch.nn.Module, loader: DataLoader, num_threads: int) -> dict:
+def run_reference(model: torch.nn.Module, loader: DataLoader, num_threads: int, device: str = "cpu") -> dict:
     """The evaluation of torchvision's references/detection/engine.py, in our words."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     model.eval()
     scorer, num_detections = PerImageScorer(loader.dataset.coco), 0
     for images, targets in loader:
-        for target, detections in zip(targets, model(list(images)), strict=True):
+        for target, detections in zip(targets, model([image.to(device) for image in images]), strict=True):
             results = to_results(target["image_id"], detections)
             scorer.update(target["image_id"], results)
             num_detections += sum(one["category_id"] in scorer.coco.cats for one in results)

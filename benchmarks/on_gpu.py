@@ -1,6 +1,7 @@
 """All that only a GPU can show, in one command of nine minutes: what is right, how fast it is, and what bounds it.
 
     python -m benchmarks.on_gpu [--output-dir DIR] [--weights-backbone FILE] [--data-path DIR] [--minutes N]
+                                [--only STEP ...]
     python -m benchmarks.on_gpu --rehearse        # all steps in miniature, on a CPU too, where nothing is compiled
 
 Needs no network and no data; --weights-backbone (VGG16's) and --data-path (COCO's layout) make the training in it a
@@ -285,6 +286,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--weights-backbone", default="none", help="VGG16's, a file (default: random ones)")
     parser.add_argument("--data-path", type=Path, help="photographs, in COCO's layout (default: drawn shapes)")
     parser.add_argument("--minutes", type=float, help="after which all ends (default: 9; of a rehearsal: never)")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="leave out all other steps")
     parser.add_argument("--rehearse", action="store_true", help="all steps in miniature, without compilation")
     args = parser.parse_args()
     if not args.rehearse and not torch.cuda.is_available():
@@ -300,7 +302,7 @@ def environment_for(folder: Path, is_rehearsal: bool) -> dict[str, str]:
     """What all commands share: above all what they have compiled."""
     shared = {
         "PYTHONUNBUFFERED": "1",
-        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled",
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{folder}/compiled"),
         "TORCHINDUCTOR_COMPILE_THREADS": "4",
     }
     in_miniature = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} if is_rehearsal else {}
@@ -340,7 +342,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = environment_for(folder, args.rehearse)
-        for step in list_steps(scale, folder, *data_flags(args, folder)):
+        steps = list_steps(scale, folder, *data_flags(args, folder))
+        unknown = set(args.only or ()) - {step.name for step in steps}
+        if unknown:
+            sys.exit(f"--only: no step is called {', '.join(sorted(unknown))}; all: {', '.join(s.name for s in steps)}")
+        for step in steps:
+            if args.only and step.name not in args.only:
+                continue
             left = 60 * args.minutes - (time.monotonic() - begin)
             if left > 0:
                 results += run_step(step, args.output_dir, environment, min(left, scale.patience * step.limit))
