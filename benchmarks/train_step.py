@@ -67,6 +67,7 @@ PEAKS = {
 
 run_steps: Callable  # of this process, its variant's: takes the number of steps, and whether they end with a line
 device: torch.device
+lets_cudnn_choose: bool
 
 
 def make_batch(preset: presets.DetectionPresetTrain, batch_size: int) -> dict:
@@ -81,6 +82,26 @@ def make_batch(preset: presets.DetectionPresetTrain, batch_size: int) -> dict:
         sample = preset(image, boxes.astype(np.float32), rng.integers(1, NUM_CLASSES, BOXES_PER_IMAGE), rng)
         samples.append(sample | {"image_id": image_id})
     return coco_utils.collate(samples, MAX_BOXES)
+
+
+def join_heads(model: ssd.SSD) -> None:
+    """Predicts classes and offsets of a map by one convolution, with a multiple of 8 output channels."""
+    model.head.forward = partial(predict_joined, model.head)
+
+
+def predict_joined(head: ssd.SSDHead, feature_maps: list[Tensor]) -> dict[str, Tensor]:
+    """What ``head`` says of the maps."""
+    logits, offsets = [], []
+    parts = zip(head.classification_head.module_list, head.regression_head.module_list, feature_maps, strict=True)
+    for classify, regress, features in parts:
+        missing = -(classify.out_channels + regress.out_channels) % 8
+        weight = F.pad(torch.cat((classify.weight, regress.weight)), (0, 0, 0, 0, 0, 0, 0, missing))
+        bias = F.pad(torch.cat((classify.bias, regress.bias)), (0, missing))
+        both = F.conv2d(features, weight, bias, padding=1).permute(0, 2, 3, 1)
+        start, end = classify.out_channels, classify.out_channels + regress.out_channels
+        logits.append(both[..., :start].reshape(len(both), -1, head.classification_head.num_columns))
+        offsets.append(both[..., start:end].reshape(len(both), -1, 4))
+    return {"cls_logits": torch.cat(logits, dim=1), "bbox_regression": torch.cat(offsets, dim=1)}
 
 
 def pad_heads(model: ssd.SSD) -> None:
@@ -114,6 +135,7 @@ def leave(model: ssd.SSD) -> None:
 LEVERS = {
     "none": leave,
     "padded-heads": pad_heads,
+    "joined-heads": join_heads,
     "combo-kernels": combine_kernels,
     "benchmark-limit-0": try_all_plans,
 }
@@ -191,21 +213,21 @@ def start(kind: str, device_name: str, records_graphs: bool, *settings) -> None:
     """Makes the variant, and compiles it, beside others that do.
 
     Meanwhile cuDNN must not choose its plans, as the others would distort its timings; and a CUDA graph, whose plans
-    are chosen before it is recorded, must wait for ``warm_up`` altogether.
+    are chosen before it is recorded, must wait for ``warm_up`` altogether. The references never let cuDNN choose.
     """
-    global run_steps, device
+    global run_steps, device, lets_cudnn_choose
+    lets_cudnn_choose = kind == "ours"
     device = utils.init_distributed(device_name, timeout=1800)
     torch.manual_seed(0)
     run_steps = {"ours": make_ours, "peer": make_peer}[kind](*settings)
     if not records_graphs:
-        with torch.backends.cudnn.flags(benchmark=False, deterministic=True):
-            run_steps(1)
+        run_steps(1)
         free_memory()
 
 
 def warm_up(num_steps: int) -> None:
     """Alone."""
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = lets_cudnn_choose
     run_steps(num_steps)
     free_memory()
 

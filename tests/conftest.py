@@ -139,7 +139,8 @@ def run():
     """Runs a script as a user does, and returns the finished process; ``processes`` starts it under torchrun."""
 
     def run_script(*command, processes: int = 1, fails: bool = False, timeout=600) -> subprocess.CompletedProcess:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": path} | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
         command = [*launcher(processes), *map(str, command)]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment)
         assert (result.returncode != 0) == fails, result.stdout + result.stderr
