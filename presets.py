@@ -207,6 +207,17 @@ RECIPES = {
         epochs=232,
         lr_steps=[155, 193],
     ),
+    "small": LR_SCHEME.but(
+        "from an ImageNet backbone, some tens to thousands of images, one GPU or a CPU",
+        weight_init="small_head",
+        batch_size=8,
+        tuned_for_batch=8,
+        epochs=20,
+        opt="adamw",
+        lr=1e-4,
+        lr_warmup_steps=100,
+        lr_steps=[14, 18],
+    ),
     "large_batch": LR_SCHEME.but(
         "lr_scheme for many or big GPUs: rate in proportion to the batch, longer warm-up (Goyal et al., 2017); "
         "our reading",
@@ -255,11 +266,15 @@ RECIPES = {
 def parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """Flags over the values of ``--recipe`` over the values of the default recipe."""
     parser.set_defaults(**RECIPES[DEFAULT_RECIPE].values)
-    recipe = parser.parse_known_args(arguments)[0].recipe
+    given = parser.parse_known_args(arguments)[0]
+    recipe = given.recipe
     if recipe == "list":
         print(list_recipes())
         parser.exit()
-    parser.set_defaults(**RECIPES[recipe].values)
+    values = RECIPES[recipe].values
+    if given.lr_warmup_epochs is not None or given.lr_warmup_steps is not None:  # either excludes the recipe's
+        values = {name: value for name, value in values.items() if not name.startswith("lr_warmup_")}
+    parser.set_defaults(**values)
     return parser.parse_args(arguments)
 
 

@@ -198,6 +198,7 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[i
         milestones=args.lr_steps,
         gamma=args.lr_gamma,
         warmup_epochs=args.lr_warmup_epochs,
+        warmup_steps=args.lr_warmup_steps,
     )
 
 

@@ -221,7 +221,9 @@ def start(kind: str, device_name: str, records_graphs: bool, *settings) -> None:
     torch.manual_seed(0)
     run_steps = {"ours": make_ours, "peer": make_peer}[kind](*settings)
     if not records_graphs:
-        run_steps(1)
+        # it remembers plans by this flag too, which half precision does not heed: warm_up begins without any
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            run_steps(1)
         free_memory()
 
 

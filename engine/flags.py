@@ -240,12 +240,14 @@ def add_optimization_flags(group: argparse._ArgumentGroup) -> None:
         metavar="FACTOR",
         help="of the rate, at each of --lr-steps (default: %(default)s)",
     )
-    add(
+    warmup = group.add_mutually_exclusive_group()
+    warmup.add_argument(
         "--lr-warmup-epochs",
         type=not_negative,
         metavar="N",
         help="epochs of rising rate (default: up to 1000 steps of the first)",
     )
+    warmup.add_argument("--lr-warmup-steps", type=not_negative, metavar="N", help="the same in steps, across epochs")
     add("--opt", choices=["sgd", "sgd_nesterov", "adamw"], help="default: %(default)s")
     add("--momentum", type=fraction, metavar="M", help="of SGD (default: %(default)s)")
     add("--wd", "--weight-decay", dest="weight_decay", type=fraction, metavar="W", help="default: %(default)s")

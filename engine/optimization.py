@@ -65,6 +65,7 @@ def lr_schedule(
     milestones: Sequence[int],
     gamma: float,
     warmup_epochs: int | None = None,
+    warmup_steps: int | None = None,
 ) -> Callable[[int], float]:
     """The learning rate as a function of the step, as a fraction of that after the warm-up.
 
@@ -76,12 +77,13 @@ def lr_schedule(
         epochs: of the whole run.
         milestones: epochs after which the rate is multiplied by ``gamma``.
         gamma: the factor.
-        warmup_epochs: length of the warm-up; by default ``WARMUP_STEPS`` steps, or fewer where the first epoch is
-            shorter.
+        warmup_epochs, warmup_steps: length of the warm-up, in either; by default ``WARMUP_STEPS`` steps, or fewer where
+            the first epoch is shorter.
     """
-    warmup_steps = min(WARMUP_STEPS, steps_per_epoch - 1)
     if warmup_epochs is not None:
         warmup_steps = warmup_epochs * steps_per_epoch
+    elif warmup_steps is None:
+        warmup_steps = min(WARMUP_STEPS, steps_per_epoch - 1)
 
     def factor(step: int) -> float:
         epoch = step // steps_per_epoch

@@ -96,7 +96,7 @@ def build(
     loaded = whole or of_backbone
     if trainable_backbone_layers is None and loaded:
         trainable_backbone_layers = backbone.trainable_layers
-    init = WEIGHT_INITS[backbone.weight_init if weight_init == "default" else weight_init]
+    init, head_init = WEIGHT_INITS[backbone.weight_init if weight_init == "default" else weight_init]
     make = partial(backbone.make, subsample_fc=True) if subsample_fc and backbone.has_fc else backbone.make
     features = make(of_backbone, size=size, trainable_layers=trainable_backbone_layers, init=init)
     scaling = choose_scaling(input_scaling, backbone, whole, of_backbone)
@@ -108,7 +108,7 @@ def build(
         backbone.default_boxes.get(boxes_name, {}).get(size),
         size,
         num_classes,
-        head=partial(SSDHead, predictor=predictor, init=init),
+        head=partial(SSDHead, predictor=predictor, init=head_init),
         input_scaling=scaling,
         **kwargs,
     )

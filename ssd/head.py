@@ -3,9 +3,10 @@
 Dimension key: B images, A default boxes, C classes including the background.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .initialisation import xavier_init
@@ -16,8 +17,31 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Module:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
+def predict(layers: Sequence[nn.Module], features: Tensor) -> Sequence[Tensor]:
+    """What each of ``layers`` predicts from one feature map.
+
+    A GPU gets convolutions as one (``benchmarks/NOTES.md``).
+    """
+    if features.device.type == "cuda" and all(isinstance(layer, nn.Conv2d) for layer in layers):
+        return convolve_together(layers, features)
+    return [layer(features) for layer in layers]
+
+
+def convolve_together(convs: Sequence[nn.Conv2d], features: Tensor) -> Sequence[Tensor]:
+    """What each of ``convs``, which differ in their output channels alone, makes of ``features``, by one convolution.
+
+    Its output channels are filled up to a multiple of 8, so that tensor cores find them aligned.
+    """
+    channels = [conv.out_channels for conv in convs]
+    missing = -sum(channels) % 8
+    weight = F.pad(torch.cat([conv.weight for conv in convs]), (0, 0) * 3 + (0, missing))
+    bias = F.pad(torch.cat([conv.bias for conv in convs]), (0, missing))
+    together = F.conv2d(features, weight, bias, convs[0].stride, convs[0].padding)
+    return together.split([*channels, missing], dim=1)[:-1]
+
+
 class SSDScoringHead(nn.Module):
-    """Predicts ``num_columns`` values for each default box of each feature map."""
+    """The layers that predict ``num_columns`` values for each default box, one for each feature map."""
 
     def __init__(
         self,
@@ -35,13 +59,10 @@ class SSDScoringHead(nn.Module):
         )
         init(self)
 
-    def forward(self, feature_maps: list[Tensor]) -> Tensor:
-        """Feature maps [B, channels, H, W] -> [B, A, num_columns], in the order of the default boxes."""
-        predictions = []
-        for predict, features in zip(self.module_list, feature_maps, strict=True):
-            prediction = predict(features).permute(0, 2, 3, 1)  # [B, H, W, anchors * num_columns]
-            predictions.append(prediction.reshape(len(prediction), -1, self.num_columns))
-        return torch.cat(predictions, dim=1)
+    def flatten(self, predictions: Sequence[Tensor]) -> Tensor:
+        """From all maps, [B, anchors * num_columns, H, W] each -> [B, A, num_columns], as default boxes are ordered."""
+        per_cell = [prediction.permute(0, 2, 3, 1) for prediction in predictions]
+        return torch.cat([cells.reshape(len(cells), -1, self.num_columns) for cells in per_cell], dim=1)
 
 
 class SSDHead(nn.Module):
@@ -69,7 +90,10 @@ class SSDHead(nn.Module):
         self.regression_head = SSDScoringHead(in_channels, num_anchors, 4, predictor, init)
 
     def forward(self, feature_maps: list[Tensor]) -> dict[str, Tensor]:
+        layers = zip(self.classification_head.module_list, self.regression_head.module_list, strict=True)
+        predictions = [predict(pair, features) for pair, features in zip(layers, feature_maps, strict=True)]
+        logits, offsets = zip(*predictions, strict=True)
         return {
-            "cls_logits": self.classification_head(feature_maps),  # [B, A, C]
-            "bbox_regression": self.regression_head(feature_maps),  # [B, A, 4]
+            "cls_logits": self.classification_head.flatten(logits),  # [B, A, C]
+            "bbox_regression": self.regression_head.flatten(offsets),  # [B, A, 4]
         }

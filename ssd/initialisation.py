@@ -10,6 +10,13 @@ def xavier_init(module: nn.Module) -> None:
         zero_bias(layer)
 
 
+def small_init(module: nn.Module) -> None:
+    """A tenth of Xavier's weights and zero biases."""
+    for layer in convolutions(module):
+        xavier_init(layer)
+        layer.weight.data.mul_(0.1)
+
+
 def normal_init(module: nn.Module) -> None:
     """Normal weights of standard deviation 0.03 and zero biases, as torchvision's SSDlite has."""
     for layer in convolutions(module):
@@ -37,4 +44,10 @@ def zero_bias(layer: nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-WEIGHT_INITS = {"xavier": xavier_init, "normal": normal_init, "pytorch": pytorch_init}
+# name -> of the layers between backbone and head, of the head
+WEIGHT_INITS = {
+    "xavier": (xavier_init, xavier_init),
+    "small_head": (xavier_init, small_init),
+    "normal": (normal_init, normal_init),
+    "pytorch": (pytorch_init, pytorch_init),
+}

@@ -81,7 +81,8 @@ def weight_init(layer: nn.Conv2d) -> str:
     """What it was initialised by, from its biases and the spread of its weights."""
     size = layer.kernel_size[0] ** 2
     fan_in, fan_out = layer.in_channels * size, layer.out_channels * size
-    deviations = {"xavier": math.sqrt(2 / (fan_in + fan_out)), "pytorch": math.sqrt(1 / (3 * fan_in)), "normal": 0.03}
+    xavier = math.sqrt(2 / (fan_in + fan_out))
+    deviations = {"xavier": xavier, "small": 0.1 * xavier, "pytorch": math.sqrt(1 / (3 * fan_in)), "normal": 0.03}
     name = min(deviations, key=lambda name: abs(deviations[name] - layer.weight.std().item()))
     assert layer.weight.std().item() == pytest.approx(deviations[name], rel=0.02)
     assert layer.bias is None or bool(layer.bias.any()) == (name == "pytorch")
