@@ -50,7 +50,8 @@ def summary(intervals: list[Interval], host_calls: list[str], num_steps: int) ->
         num_steps: how many steps that was.
 
     Returns:
-        ``busy_share``, the share of the time from the first to the last interval in which the device did something;
+        ``busy_share``, the share of the time from the first to the last interval in which the device did something,
+        and ``busy_ms_per_step``;
         ``kernels_per_step``; ``gaps_per_step`` and ``gap_ms_per_step``, of those that are longer than kernels in a row
         have between them; ``host_calls_per_step``, those that wait or allocate; ``heaviest``, the ten names that took
         the most time, each with its milliseconds per step, calls per step and share of all kernels' time.
@@ -73,6 +74,7 @@ def summary(intervals: list[Interval], host_calls: list[str], num_steps: int) ->
     all_time = sum(totals.values())
     return {
         "busy_share": busy / (end - intervals[0].start),
+        "busy_ms_per_step": busy / 1000 / num_steps,
         "kernels_per_step": len(intervals) / num_steps,
         "gaps_per_step": len(gaps) / num_steps,
         "gap_ms_per_step": sum(gaps) / 1000 / num_steps,

@@ -1,13 +1,13 @@
-"""All that only a GPU can show, in one command of nine minutes: what is right, how fast it is, and what bounds it.
+"""All that only a GPU can show, in one command: what is right, how fast it is, and what bounds it.
 
     python -m benchmarks.on_gpu [--output-dir DIR] [--weights-backbone FILE] [--data-path DIR] [--minutes N]
                                 [--only STEP ...]
     python -m benchmarks.on_gpu --rehearse        # all steps in miniature, on a CPU too, where nothing is compiled
 
 Needs no network and no data; --weights-backbone (VGG16's) and --data-path (COCO's layout) make the training in it a
-real one. Steps that only check run their commands beside each other, those that measure run alone; each ends at its
-limit, and all of it after --minutes. As it comes, everything is written to DIR: log.txt has what the commands printed,
-results.jsonl their figures. Last come a table and one JSON object, which report.json has too.
+real one. Steps run one after another, since processes that start beside each other slow one another down manifold; each
+ends at its limit, and all of it after --minutes. As it comes, everything is written to DIR: log.txt has what the
+commands printed, results.jsonl their figures. Last come a table and one JSON object, which report.json has too.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from coco import shapes
 
 ROOT = Path(__file__).parent.parent
 LONGEST_TABLE = 10_000  # characters
@@ -66,6 +68,8 @@ class Scale:
     steps_from_files: tuple[int, int]  # of the largest batch, and of the smallest
     training: str
     trained_steps: tuple[int, int]  # until it is stopped, and until its end
+    learning: str  # flags of side_by_side.py
+    drawn_images: tuple[int, int]  # to train on and to validate on, where there are no photographs
     patience: int  # by which the limits of all steps are multiplied
 
 
@@ -83,12 +87,14 @@ FULL = Scale(
     step_model="ssd300_vgg16",
     steps=20,
     rounds=3,
-    test_workers=3,
+    test_workers=8,
     files=500,
     loader_workers=16,
     steps_from_files=(160, 400),
     training="--model ssd300_vgg16 --batch-size 16",
     trained_steps=(60, 90),
+    learning="--seeds 3 --at-once 2 --workers 4",
+    drawn_images=(160, 40),
     patience=1,
 )
 MINIATURE = Scale(
@@ -111,6 +117,8 @@ MINIATURE = Scale(
     steps_from_files=(2, 2),
     training="--model ssd300_resnet18 --batch-size 2",
     trained_steps=(2, 3),
+    learning="--seeds 1 --epochs 1 --batch-size 2 --workers 0",
+    drawn_images=(4, 2),
     patience=6,  # where a CPU is slow or busy, the rehearsal only takes longer
 )
 
@@ -119,16 +127,21 @@ def list_steps(scale: Scale, work: Path, weights_backbone: str, data: str) -> li
     """What is done, in its order, in the folder ``work``; ``data`` are the flags of train.py that name photographs."""
     training = f"train.py {data} {scale.training} --weights-backbone {weights_backbone} --lr 0.0005"
     training += f" --output-dir {work}/trained --workers 1 --print-freq 5 {amp_flag(scale)} --max-steps"
+    learning = f"-m benchmarks.side_by_side {data} --weights-backbone {weights_backbone} --output-dir {work}/learned"
+    learning += f" --recipe small {amp_flag(scale)} --eval-freq 20 {scale.learning}"
     machine = {
         "ceilings": "-m benchmarks.ceilings",
         "drawing": f"-m benchmarks.coco_like {work}/drawn --files {scale.files}",
     }
     return [
         Step("machine", 60, machine),
-        Step("right, and compiled", 170, {"training": f"{training} {scale.trained_steps[0]}", **list_checks(scale)}),
-        Step("goes on", 40, {"": f"{training} {scale.trained_steps[1]} --resume auto"}),
         *list_step_measurements(scale),
         *list_other_measurements(scale, work),
+        Step("tests", 170, {"": f"-m pytest -n {scale.test_workers} --maxprocesses 99 tests/test_gpu.py -v"}),
+        Step("trains", 60, {"": f"{training} {scale.trained_steps[0]}"}),
+        Step("goes on", 60, {"": f"{training} {scale.trained_steps[1]} --resume auto"}),
+        Step("learns", 240, {"": learning}),
+        *list_lever_measurements(scale),
     ]
 
 
@@ -136,48 +149,33 @@ def amp_flag(scale: Scale) -> str:
     return "" if scale.precision == "fp32" else f"--amp {scale.precision}"
 
 
-def variant_flags(scale: Scale) -> tuple[str, str]:
-    """What train_step.py gets to compare levers with; what they need to be compiled, beside all else that is."""
-    combined = f"--batch-size {scale.smallest} --modes {scale.compiled} --levers combo-kernels"
-    padded = f"--batch-size {scale.largest} --modes {scale.compiled} --levers padded-heads"
-    return combined, padded
-
-
-def list_checks(scale: Scale) -> dict[str, str]:
-    """The tests, and what fills the cache of compiled code for the measurements."""
-    tests = f"-m pytest -n {scale.test_workers} tests/test_gpu.py -k"
-    compiling = (
-        f"-m benchmarks.train_step --precision {scale.precision} --model {scale.step_model} --rounds 0 --warm-up 1 "
-        "--at-once 4"
-    )
-    combined, padded = variant_flags(scale)
-    return {
-        "tests": f"{tests} 'not compile' -v",
-        "compiled tests": f"{tests} compile -v",
-        "compiling": f"{compiling} --batch-size {scale.batches} --modes {scale.compiled}",
-        "compiling graphs": f"{compiling} --batch-size {scale.batches} --modes {scale.graphs}",
-        "compiling, large": f"{compiling} --batch-size {scale.large_batches} --modes {scale.compiled}",
-        "compiling, combined": f"{compiling} {combined}",
-        "compiling, padded": f"{compiling} {padded}",
-    }
-
-
 def list_step_measurements(scale: Scale) -> list[Step]:
-    """Convolutions alone, steps of both sides with their profiles, and the levers."""
-    train_step = f"-m benchmarks.train_step --precision {scale.precision} --steps {scale.steps}"
-    alone = f"{train_step} --model {scale.step_model}"
-    rounds, profile = f"--rounds {scale.rounds}", f"--profile {min(10, scale.steps)}"
+    """Steps of both sides with their profiles."""
+    train_step = f"-m benchmarks.train_step --precision {scale.precision} --steps {scale.steps} --rounds {scale.rounds}"
+    train_step += f" --profile {min(10, scale.steps)}"
     modes = " ".join(dict.fromkeys(("eager", scale.compiled, scale.graphs)))
     small = f"--batch-size {scale.batches} --modes {modes} --peer {' '.join(scale.peers)} --at-once 16"
-    large = f"--batch-size {scale.large_batches} --modes eager {scale.compiled} --peer {scale.peers[-1]} --at-once 3"
-    combined, padded = variant_flags(scale)
+    large = f"--batch-size {scale.large_batches} --modes eager {scale.compiled} --peer {scale.peers[-1]} --at-once 6"
     return [
-        Step("convolutions", 40, {"": f"-m benchmarks.ceilings --convolutions --batch-size {scale.largest}"}),
-        Step("step", 150, {"": f"{train_step} {small} {rounds} {profile}"}),
-        Step("step, large batches", 100, {"": f"{train_step} {large} {rounds} {profile}"}),
+        Step("step", 170, {"": f"{train_step} {small}"}),
+        Step("step, large batches", 120, {"": f"{train_step} {large}"}),
+    ]
+
+
+def list_lever_measurements(scale: Scale) -> list[Step]:
+    """What is not decided."""
+    alone = f"-m benchmarks.train_step --steps {scale.steps} --rounds {scale.rounds} --model {scale.step_model}"
+    combined = f"--precision {scale.precision} --batch-size {scale.smallest} --modes {scale.graphs}"
+    large = f"--precision {scale.precision} --batch-size {scale.largest} --modes {scale.compiled} --at-once 3"
+    return [
+        Step("combined kernels", 100, {"": f"{alone} {combined} --levers combo-kernels none"}),
+        Step(
+            "early pools, all plans",
+            120,
+            {"": f"{alone} {large} --levers pooled-convs benchmark-limit-0 none"},
+        ),
         Step("step in float32", 50, {"": f"{alone} --batch-size {scale.middle} --precision fp32"}),
-        Step("combined kernels", 50, {"": f"{alone} {combined} none {rounds} --at-once 2"}),
-        Step("padded heads, all plans", 60, {"": f"{alone} {padded} benchmark-limit-0 none {rounds} --at-once 3"}),
+        Step("convolutions", 60, {"": f"-m benchmarks.ceilings --convolutions --batch-size {scale.largest}"}),
     ]
 
 
@@ -309,14 +307,16 @@ def environment_for(folder: Path, is_rehearsal: bool) -> dict[str, str]:
     return {**os.environ, **shared, **in_miniature}
 
 
-def data_flags(args: argparse.Namespace, folder: Path) -> tuple[str, str]:
+def data_flags(args: argparse.Namespace, scale: Scale, folder: Path) -> tuple[str, str]:
     """The weights, and what names the photographs, for a command line."""
     weights = args.weights_backbone
     if weights != "none":
         weights = shlex.quote(str(Path(weights).resolve()))
-    if args.data_path is None:
-        return weights, f"--dataset shapes --data-path {folder}/shapes"
-    return weights, f"--data-path {shlex.quote(str(args.data_path.resolve()))}"
+    data = args.data_path
+    if data is None:
+        data = folder / "shapes"
+        shapes.draw_data_set(data, num_images=dict(zip(("train2017", "val2017"), scale.drawn_images, strict=True)))
+    return weights, f"--data-path {shlex.quote(str(data.resolve()))}"
 
 
 def write_report(output_dir: Path, results: list[dict], is_rehearsal: bool, seconds: float) -> dict:
@@ -342,7 +342,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = environment_for(folder, args.rehearse)
-        steps = list_steps(scale, folder, *data_flags(args, folder))
+        steps = list_steps(scale, folder, *data_flags(args, scale, folder))
         unknown = set(args.only or ()) - {step.name for step in steps}
         if unknown:
             sys.exit(f"--only: no step is called {', '.join(sorted(unknown))}; all: {', '.join(s.name for s in steps)}")

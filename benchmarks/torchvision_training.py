@@ -5,7 +5,7 @@
 DIR is in COCO's layout. Of train.py's flags those count that the references have: their loop, transforms (v2), loader,
 warm-up, schedule, fp16 with --amp, and evaluation after each epoch, here after each --eval-freq. Left out is what costs
 them time and changes nothing here: masks, groups of aspect ratio, and the models of all epochs. --weights-backbone is a
-file. Writes metrics.jsonl with train.py's keys; its last line has the seconds from the first step to the last.
+file, or 'none'. Writes metrics.jsonl with train.py's keys, whose last line has the seconds from the first step on.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
+import evaluate
 import train
 from benchmarks.evaluation import ReferenceDataset, collate_to_tuples, run_reference
 from coco import scoring
@@ -67,6 +68,8 @@ class TrainingSet(ReferenceDataset):
 def make_model(weights_backbone: str, num_classes: int) -> nn.Module:
     """With the first stage frozen, as torchvision freezes it of a backbone that comes with weights."""
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_classes)
+    if weights_backbone == "none":
+        return model
     vgg = torch.load(weights_backbone, map_location="cpu", weights_only=True)
     backbone = model.backbone
     with torch.no_grad():
@@ -132,12 +135,12 @@ def main() -> None:
     args = train.parse_args()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
-    data, output_dir = Path(args.data_path), Path(args.output_dir)
+    output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    names = {split: f"annotations/instances_{split}2017.json" for split in ("train", "val")}
+    splits = evaluate.find_splits(args, "train", "val")
     with contextlib.redirect_stdout(io.StringIO()):
-        training_set = TrainingSet(data / "train2017", data / names["train"])
-        val_set = ReferenceDataset(data / "val2017", data / names["val"])
+        training_set = TrainingSet(splits["train"].images_dir, splits["train"].source.path)
+        val_set = ReferenceDataset(splits["val"].images_dir, splits["val"].source.path)
     num_classes = 1 + max(training_set.coco.cats)
     model = make_model(args.weights_backbone, num_classes).to(device)
     optimizer = make_optimizer(args, model)

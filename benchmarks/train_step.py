@@ -7,8 +7,8 @@ Ours is train.py's train_one_epoch, photometric distortion on the device include
 needs. The peer is torchvision's ssd300_vgg16 in the loop of its references, on images that already have the network's
 size. All layers train. Each variant has a process of its own; they take turns, and the median round counts. MFU is the
 share of the GPU's peak that the convolutions use, by their counted operations. --levers adds variants with something
-that may pay on a GPU and is not decided; --rounds 0 measures nothing, but fills the cache of compiled code. After each
-batch size, and as the last line, comes one JSON object with all that is known.
+that may pay on a GPU and is not decided. After each batch size, and as the last line, comes one JSON object with all
+that is known.
 """
 
 import argparse
@@ -84,38 +84,28 @@ def make_batch(preset: presets.DetectionPresetTrain, batch_size: int) -> dict:
     return coco_utils.collate(samples, MAX_BOXES)
 
 
-def join_heads(model: ssd.SSD) -> None:
-    """Predicts classes and offsets of a map by one convolution, with a multiple of 8 output channels."""
-    model.head.forward = partial(predict_joined, model.head)
+class PooledConv(nn.Conv2d):
+    """A convolution, ReLU and a max pool, that adds the bias and rectifies what the pool has left.
+
+    The values are the same in any order, since both are monotone (with equal ones in a window the gradient may take
+    another); in this one a quarter is read and written. Keeps the parameters of ``conv``.
+    """
+
+    def __init__(self, conv: nn.Conv2d, pool: nn.MaxPool2d):
+        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, device="meta")
+        self.weight, self.bias, self.pool = conv.weight, conv.bias, pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = self.pool(F.conv2d(x, self.weight, None, self.stride, self.padding))
+        return F.relu(largest + self.bias.to(largest.dtype).view(-1, 1, 1), inplace=True)
 
 
-def predict_joined(head: ssd.SSDHead, feature_maps: list[Tensor]) -> dict[str, Tensor]:
-    """What ``head`` says of the maps."""
-    logits, offsets = [], []
-    parts = zip(head.classification_head.module_list, head.regression_head.module_list, feature_maps, strict=True)
-    for classify, regress, features in parts:
-        missing = -(classify.out_channels + regress.out_channels) % 8
-        weight = F.pad(torch.cat((classify.weight, regress.weight)), (0, 0, 0, 0, 0, 0, 0, missing))
-        bias = F.pad(torch.cat((classify.bias, regress.bias)), (0, missing))
-        both = F.conv2d(features, weight, bias, padding=1).permute(0, 2, 3, 1)
-        start, end = classify.out_channels, classify.out_channels + regress.out_channels
-        logits.append(both[..., :start].reshape(len(both), -1, head.classification_head.num_columns))
-        offsets.append(both[..., start:end].reshape(len(both), -1, 4))
-    return {"cls_logits": torch.cat(logits, dim=1), "bbox_regression": torch.cat(offsets, dim=1)}
-
-
-def pad_heads(model: ssd.SSD) -> None:
-    """Lets the head's convolutions have multiples of 8 output channels, as tensor cores want them aligned."""
-    for conv in (*model.head.classification_head.module_list, *model.head.regression_head.module_list):
-        missing = -conv.out_channels % 8
-        if missing:
-            conv.forward = partial(convolve_padded, conv, missing)
-
-
-def convolve_padded(conv: nn.Conv2d, missing: int, features: Tensor) -> Tensor:
-    """What ``conv`` makes of ``features``, with ``missing`` channels more on the way."""
-    weight, bias = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, missing)), F.pad(conv.bias, (0, missing))
-    return F.conv2d(features, weight, bias, conv.stride, conv.padding)[:, : conv.out_channels]
+def pool_early(model: ssd.SSD) -> None:
+    """Lets bias and ReLU of a VGG come after its first pools."""
+    layers = model.backbone.features
+    for i in [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]:
+        layers[i - 2] = PooledConv(layers[i - 2], layers[i])
+        layers[i - 1] = layers[i] = nn.Identity()
 
 
 def combine_kernels(model: ssd.SSD) -> None:
@@ -134,8 +124,7 @@ def leave(model: ssd.SSD) -> None:
 
 LEVERS = {
     "none": leave,
-    "padded-heads": pad_heads,
-    "joined-heads": join_heads,
+    "pooled-convs": pool_early,
     "combo-kernels": combine_kernels,
     "benchmark-limit-0": try_all_plans,
 }
@@ -313,7 +302,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=ssd.list_models(), default="ssd300_vgg16")
     parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[32])
     parser.add_argument("--precision", nargs="+", choices=["fp32", *execution.AMP_DTYPES], default=["fp32"])
-    parser.add_argument("--modes", nargs="+", choices=["eager", *flags.COMPILE_MODES], default=["eager"])
+    parser.add_argument("--modes", nargs="+", choices=["eager", *flags.COMPILE_MODES[1:]], default=["eager"])
     parser.add_argument(
         "--levers", nargs="+", choices=list(LEVERS), default=["none"], help="measure with each of these"
     )
@@ -323,7 +312,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=flags.positive, help="timed steps of a round (default: 50, on a CPU 1)")
     parser.add_argument("--warm-up", type=flags.positive, help="steps before (default: 15, on a CPU 1)")
-    parser.add_argument("--rounds", type=flags.not_negative, default=3)
+    parser.add_argument("--rounds", type=flags.positive, default=3)
     parser.add_argument("--at-once", type=flags.positive, default=1, help="variants that start beside each other")
     parser.add_argument(
         "--profile",
@@ -382,7 +371,7 @@ def print_rows(batch_size: int, rows: dict[str, dict], ratios: dict[str, float])
 def measure_all(args: argparse.Namespace, variants: Variants, report: dict, gpu: str) -> None:
     """Adds to the report what is found at each batch size, and prints it with all that is known."""
     variants.take_turns(partial(warm_up, args.warm_up))
-    for batch_size in args.batch_size if args.rounds else ():
+    for batch_size in args.batch_size:
         rows = rows_of(variants, args, batch_size, report["flops"], gpu)
         ratios = ratios_of(rows)
         report["batches"][batch_size] = {"variants": rows, "ratios": ratios}
@@ -393,7 +382,10 @@ def measure_all(args: argparse.Namespace, variants: Variants, report: dict, gpu:
     for key in variants.pools if args.profile else ():
         if key[1] == name:
             (found,) = variants.take_turns(partial(profile_steps, args.profile), 1, [key])[key]
-            report["batches"].setdefault(key[0], {})["profile"] = found
+            report["batches"][key[0]]["profile"] = found
+            if found:  # the profiler takes time of the host's, which a step that it does not watch has for its gaps
+                seconds = report["batches"][key[0]]["variants"][name]["seconds"]
+                found["busy_share_unwatched"] = found["busy_ms_per_step"] / (1000 * seconds)
             print(f"{name}, batch {key[0]}\n{device_profile.as_text(found)}\n{json.dumps(report)}", flush=True)
 
 

@@ -23,8 +23,17 @@ def make_autocast(device: torch.device, amp: str | None) -> torch.autocast:
     return torch.autocast(device.type, AMP_DTYPES.get(amp), enabled=amp is not None)
 
 
-def compile_whole(module: nn.Module, mode: str) -> None:
-    """Compiles ``module`` in place, as one graph, in a mode of ``torch.compile``."""
+def compile_whole(module: nn.Module, mode: str, num_processes: int = 1) -> None:
+    """Compiles ``module`` in place, as one graph.
+
+    Args:
+        module: what to compile.
+        mode: of ``torch.compile``, or ``auto``: CUDA graphs, with which few images take a third of the time
+            (``benchmarks/NOTES.md``), unless gradients are exchanged between processes, which nobody has measured.
+        num_processes: that train together.
+    """
+    if mode == "auto":
+        mode = "reduce-overhead" if num_processes == 1 else "default"
     keep_pool_backward()
     module.compile(mode=mode, fullgraph=True)
 

@@ -14,7 +14,7 @@ import ssd
 from .execution import AMP_DTYPES
 
 GROUPS = ("data", "model", "training", "speed", "log and checkpoints", "rarely needed")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 MAX_INTEGER = 10**9  # far beyond all sense, and within what PyTorch takes for seeds and seconds
 Groups = dict[str, argparse._ArgumentGroup]
 
@@ -269,7 +269,13 @@ def add_optimization_flags(group: argparse._ArgumentGroup) -> None:
 
 def add_speed_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--compile", nargs="?", const="default", choices=COMPILE_MODES, help="compile with torch.compile, in this mode")
+    add(
+        "--compile",
+        nargs="?",
+        const="auto",
+        choices=COMPILE_MODES,
+        help="compile with torch.compile, in this mode (auto: reduce-overhead, in several processes default)",
+    )
     add("--cache", choices=["ram"], help="hold the training images' files in memory")
 
 

@@ -22,22 +22,6 @@ from .weights import Weights, load_matching
 Init = Callable[[nn.Module], None]  # see initialisation.py
 
 
-class PooledConv(nn.Conv2d):
-    """A convolution, ReLU and a max pool, that adds the bias and rectifies what the pool has left.
-
-    The values are the same in any order, since both are monotone (with equal ones in a window the gradient may take
-    another); in this one a quarter is read and written (``benchmarks/NOTES.md``). Keeps the parameters of ``conv``.
-    """
-
-    def __init__(self, conv: nn.Conv2d, pool: nn.MaxPool2d):
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, device="meta")
-        self.weight, self.bias, self.pool = conv.weight, conv.bias, pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        largest = self.pool(F.conv2d(x, self.weight, None, self.stride, self.padding))
-        return F.relu(largest + self.bias.to(largest.dtype).view(-1, 1, 1), inplace=True)
-
-
 class SSDFeatureExtractorVGG(nn.Module):
     """VGG as SSD uses it (paper section 3): fc6 and fc7 become convolutions, conv8 to conv11 follow.
 
@@ -67,9 +51,6 @@ class SSDFeatureExtractorVGG(nn.Module):
         # Caffe rounds pooled sizes up: 75 becomes 38 cells, not 37.
         body = list(features)
         body[pool3] = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True)
-        for i in pools[:3]:  # all whose convolution nothing else reads
-            if isinstance(body[i - 2], nn.Conv2d):  # with batch norm, which need not be monotone, all stays
-                body[i - 2 : i + 1] = PooledConv(body[i - 2], body[i]), nn.Identity(), nn.Identity()
         # L2 norm with a learnable scale for conv4_3, whose values are larger than those of the other maps (section 3.1)
         self.scale_weight = nn.Parameter(torch.full((512,), 20.0))
         self.features = nn.Sequential(*body[:pool4])

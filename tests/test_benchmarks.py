@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models import vgg
 
 import coco
 import ssd
@@ -27,9 +28,9 @@ def test_the_run_for_a_gpu_is_rehearsed(run, tmp_path):
     assert {result["step"]: result for result in written} == results  # those, as they came
     figures = {step: result["figures"] for step, result in results.items()}
     assert figures["step"]["batches"]["1"]["ratios"].keys() == {"ours fp32 eager / peer fp32"}
-    assert figures["padded heads, all plans"]["batches"]["2"]["variants"].keys() == {
+    assert figures["early pools, all plans"]["batches"]["2"]["variants"].keys() == {
         "ours fp32 eager",
-        "ours fp32 eager + padded-heads",
+        "ours fp32 eager + pooled-convs",
         "ours fp32 eager + benchmark-limit-0",
     }
     assert "Done: 3 steps" in (tmp_path / "log.txt").read_text()
@@ -91,40 +92,35 @@ def test_a_profile_says_how_busy_the_device_was_and_where_it_stood_still():
     assert "busy 79.0 %" in device_profile.as_text(found)
 
 
-def test_padded_heads_predict_the_same_with_the_same_weights():
+@pytest.mark.parametrize(("size", "ceil_mode"), [((8, 6), False), ((9, 7), False), ((9, 7), True), ((1, 1), True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_pooled_convolution_is_what_its_layers_are_in_their_order(size, ceil_mode, dtype):
+    """Values to the last bit, since a rounded sum grows with its larger part; gradients, where no two are equal."""
     torch.manual_seed(0)
-    model = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=7).double()
-    keys = model.state_dict().keys()
-    maps = [torch.rand(1, channels, 3, 3, dtype=torch.float64) for channels in model.backbone.out_channels]
+    conv, pool = torch.nn.Conv2d(3, 8, 3, padding=1, dtype=dtype), torch.nn.MaxPool2d(2, stride=2, ceil_mode=ceil_mode)
+    pooled = train_step.PooledConv(conv, pool)
+    assert dict(pooled.named_parameters()).keys() == {"weight", "bias"}
+    x = torch.randn(2, 3, *size, dtype=dtype, requires_grad=True)
+    without_bias = torch.nn.functional.conv2d(x, conv.weight, None, padding=1)
+    expected = pool((without_bias + conv.bias.view(-1, 1, 1)).relu())
+    outputs = pooled(x)
+    assert torch.equal(outputs, expected)
+    if dtype == torch.float64:
+        parameters = [x, conv.weight, conv.bias]
+        gradients = [torch.autograd.grad(one.square().sum(), parameters) for one in (outputs, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
-    def predict() -> list[torch.Tensor]:
-        outputs = list(model.head(maps).values())
-        model.zero_grad()
-        sum(output.square().sum() for output in outputs).backward()
-        return outputs + [parameter.grad.clone() for parameter in model.head.parameters()]
 
-    expected = predict()
-    train_step.pad_heads(model)
-    convolved = []
-    model.head.classification_head.module_list[0].register_forward_hook(
-        lambda *args: convolved.append(args[2].shape[1])
-    )
-    torch.testing.assert_close(predict(), expected, rtol=1e-12, atol=1e-12)
-    assert convolved == [4 * 7]
+def test_early_pools_change_no_prediction():
+    model = ssd.get_model("ssd300_vgg16", weights_backbone=None, num_classes=3).eval()
+    images = 255 * torch.rand(1, 3, 300, 300)
+    with torch.no_grad():
+        expected = model(images)
+        keys = model.state_dict().keys()
+        train_step.pool_early(model)
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
     assert model.state_dict().keys() == keys
-
-
-@pytest.mark.parametrize(("channels", "padded"), [(28, 32), (32, 32), (364, 368)])
-def test_padding_goes_up_to_a_multiple_of_eight(monkeypatch, channels, padded):
-    sizes = []
-    conv2d = torch.nn.functional.conv2d
-    monkeypatch.setattr(
-        torch.nn.functional, "conv2d", lambda x, weight, *args: sizes.append(len(weight)) or conv2d(x, weight, *args)
-    )
-    head = ssd.SSDHead([3], [channels // 4], num_classes=4)
-    train_step.pad_heads(torch.nn.ModuleDict({"head": head}))
-    head.classification_head.module_list[0](torch.rand(1, 3, 2, 2))
-    assert sizes == [padded]
+    assert [type(layer).__name__ for layer in model.backbone.features].count("PooledConv") == 3
 
 
 def fail_or_not(fails: bool) -> None:
@@ -154,3 +150,22 @@ def test_drawn_files_are_used_again(tmp_path):
     assert len(annotations.image_ids) == 7
     assert annotations.num_classes == 91
     assert max(annotations.offsets[1:] - annotations.offsets[:-1]) == coco_like.MAX_BOXES
+
+
+def test_the_references_training_learns_what_ours_does(run, data_path, tmp_path):
+    """From the same files, weights and flags: what it writes can be laid beside ours."""
+    layers = torch.nn.Sequential(*vgg.make_layers(vgg.cfgs["D"]))
+    torch.save({f"features.{key}": value for key, value in layers.state_dict().items()}, tmp_path / "vgg16.pth")
+    command = ["-m", "benchmarks.torchvision_training", "--data-path", data_path, "--workers", 0, "--batch-size", 3]
+    command += ["--weights-backbone", tmp_path / "vgg16.pth", "--output-dir", tmp_path, "--lr", 1e-4]
+    console = run(*command, "--epochs", 2, "--eval-freq", 1, "--opt", "adamw").stdout
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(one["kind"], one.get("step")) for one in records] == [
+        ("train", 4),
+        ("val", 4),
+        ("train", 8),
+        ("val", 8),
+        ("end", None),
+    ]
+    assert records[2]["loss"] < records[0]["loss"]
+    assert json.loads(console.splitlines()[-1])["seconds"] == records[-1]["seconds"]

@@ -653,3 +653,25 @@ def test_warm_up_equals_the_references(monkeypatch):
         assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
         optimizer.step()
         reference.step()
+
+
+def test_warm_up_in_steps_goes_over_epochs():
+    factor = train.make_schedule(train.parse_args(["--lr-warmup-steps", "100", "--lr-steps", "7", "30"]), 20)
+    assert [factor(step) for step in (0, 50, 99, 100, 139)] == pytest.approx([0.001, 0.5005, 0.99001, 1, 1])
+    assert [factor(step) for step in (140, 600)] == pytest.approx([0.1, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--recipe", "small"], (None, 100)),
+        (["--recipe", "small", "--lr-warmup-epochs", "3"], (3, None)),
+        (["--recipe", "small", "--lr-warmup-steps", "0"], (None, 0)),
+        (["--recipe", "large_batch"], (5, None)),
+        (["--recipe", "large_batch", "--lr-warmup-steps", "70"], (None, 70)),
+        ([], (None, None)),
+    ],
+)
+def test_a_warm_up_on_the_command_line_takes_the_place_of_the_recipes(flags, expected):
+    args = train.parse_args(flags)
+    assert (args.lr_warmup_epochs, args.lr_warmup_steps) == expected

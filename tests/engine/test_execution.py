@@ -32,6 +32,22 @@ class Pools(nn.Module):
         return self.pools(self.conv(images).relu())
 
 
+@pytest.mark.parametrize(
+    ("mode", "num_processes", "expected"),
+    [
+        ("auto", 1, "reduce-overhead"),
+        ("auto", 8, "default"),
+        ("default", 1, "default"),
+        ("max-autotune", 8, "max-autotune"),
+    ],
+)
+def test_graphs_are_recorded_where_gradients_are_not_exchanged(monkeypatch, mode, num_processes, expected):
+    settings = {}
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **given: settings.update(given))
+    execution.compile_whole(nn.ReLU(), mode, num_processes)
+    assert settings == {"mode": expected, "fullgraph": True}
+
+
 def test_pools_are_compiled_without_atomic_additions():
     pytest.importorskip("triton", reason="PyTorch without Triton writes no code for GPUs")
     from benchmarks.generated_code import code_for_gpu, count, graphs_of
