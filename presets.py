@@ -281,8 +281,8 @@ def parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str] | No
 def list_recipes() -> str:
     """A table of all recipes: their published mAP, and the flags in which they differ from what they are based on.
 
-    Each step of the study is based on the one above it, ``two_thirds``, ``caffe`` and ``large_batch`` on ``lr_scheme``,
-    ``voc`` on ``caffe``.
+    Each step of the study is based on the one above it, ``two_thirds``, ``caffe``, ``small`` and ``large_batch`` on
+    ``lr_scheme``, ``voc`` on ``caffe``.
     """
     lines = [f"{'recipe':<30} {'mAP':>4}  what it is, and its flags"]
     for name, recipe in RECIPES.items():

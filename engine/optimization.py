@@ -79,11 +79,19 @@ def lr_schedule(
         gamma: the factor.
         warmup_epochs, warmup_steps: length of the warm-up, in either; by default ``WARMUP_STEPS`` steps, or fewer where
             the first epoch is shorter.
+
+    Raises:
+        ValueError: the warm-up would not end.
     """
     if warmup_epochs is not None:
         warmup_steps = warmup_epochs * steps_per_epoch
     elif warmup_steps is None:
         warmup_steps = min(WARMUP_STEPS, steps_per_epoch - 1)
+    if warmup_steps >= epochs * steps_per_epoch:
+        raise ValueError(
+            f"a warm-up of {warmup_steps} steps does not end in {epochs} epochs of {steps_per_epoch}: "
+            "raise --epochs, or lower --lr-warmup-steps"
+        )
 
     def factor(step: int) -> float:
         epoch = step // steps_per_epoch

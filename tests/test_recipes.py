@@ -242,6 +242,7 @@ def test_the_list_has_every_recipe_with_its_published_map(capsys):
         ("two_thirds", "lr_scheme"),
         ("caffe", "lr_scheme"),
         ("voc", "caffe"),
+        ("small", "lr_scheme"),
         ("large_batch", "lr_scheme"),
         ("baseline", "lr_scheme"),
         ("ssdlite", "lr_scheme"),

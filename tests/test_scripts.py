@@ -661,6 +661,16 @@ def test_warm_up_in_steps_goes_over_epochs():
     assert [factor(step) for step in (140, 600)] == pytest.approx([0.1, 0.01])
 
 
+@pytest.mark.parametrize(("steps", "fits"), [(39, True), (40, False), (41, False)])
+def test_a_warm_up_in_steps_that_does_not_end_is_an_error(steps, fits):
+    args = train.parse_args(["--lr-warmup-steps", str(steps), "--epochs", "20"])
+    if fits:
+        assert train.make_schedule(args, steps_per_epoch=2)(39) == 1
+    else:
+        with pytest.raises(ValueError, match=f"{steps} steps does not end in 20 epochs of 2: raise --epochs, or lower"):
+            train.make_schedule(args, steps_per_epoch=2)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
