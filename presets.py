@@ -208,7 +208,7 @@ RECIPES = {
         lr_steps=[155, 193],
     ),
     "small": LR_SCHEME.but(
-        "from an ImageNet backbone, some tens to thousands of images, one GPU or a CPU",
+        "for some hundred images of your own, from an ImageNet backbone, on one GPU or a CPU",
         weight_init="small_head",
         batch_size=8,
         tuned_for_batch=8,

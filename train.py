@@ -207,7 +207,7 @@ def make_batch_losses(args: argparse.Namespace, model: ssd.SSD, preset: Detectio
     batch_losses = BatchLosses(model, preset, execution.make_autocast(model.default_boxes.device, args.amp))
     if args.compile:
         log.info("Compiling: the first step takes longer, up to minutes")
-        execution.compile_whole(batch_losses, args.compile, args.world_size)
+        execution.compile_whole(batch_losses, args.compile)
     return utils.distribute(batch_losses)
 
 

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CocoDetection
@@ -52,12 +53,16 @@ class ReferenceDataset(CocoDetection):
     The references decode the masks as well, in one of their two versions; that is left out.
     """
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+    def load(self, index: int) -> tuple[Image, Tensor, Tensor]:
+        """An image, and of what is no crowd in it the boxes, float32 [G, 4], xyxy, and the labels, int64 [G]."""
         image, objects = super().__getitem__(index)
         objects = [one for one in objects if one["iscrowd"] == 0]
-        boxes = torch.tensor([one["bbox"] for one in objects]).reshape(-1, 4)
+        boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([one["category_id"] for one in objects], dtype=torch.int64)
+        return image, boxes, torch.tensor([one["category_id"] for one in objects], dtype=torch.int64)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+        image, boxes, labels = self.load(index)
         target = {"image_id": self.ids[index], "boxes": boxes, "labels": labels}
         return F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True), target
 
@@ -77,7 +82,7 @@ def to_results(image_id: int, detections: dict[str, Tensor]) -> list[dict]:
 
 
 @torch.inference_mode()
-def run_reference(model: torch.nn.Module, loader: DataLoader, num_threads: int, device: str = "cpu") -> dict:
+def run_reference(model: torch.nn.Module, loader: DataLoader, num_threads: int, device: torch.device) -> dict:
     """The evaluation of torchvision's references/detection/engine.py, in our words."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
@@ -131,7 +136,7 @@ def prepare_reference(
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = ReferenceDataset(images_dir, annotations_file)
     loader = DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=collate_to_tuples)
-    return lambda: run_reference(peer, loader, num_threads)
+    return lambda: run_reference(peer, loader, num_threads, torch.device("cpu"))
 
 
 def start(

@@ -5,12 +5,13 @@
     python -m benchmarks.on_gpu --rehearse        # all steps in miniature, on a CPU too, where nothing is compiled
 
 Needs no network and no data; --weights-backbone (VGG16's) and --data-path (COCO's layout) make the training in it a
-real one. Steps run one after another, since processes that start beside each other slow one another down manifold; each
-ends at its limit, and all of it after --minutes. As it comes, everything is written to DIR: log.txt has what the
-commands printed, results.jsonl their figures. Last come a table and one JSON object, which report.json has too.
+real one. What checks, and what is not decided, comes first; each step ends at its limit, and all of it after --minutes.
+As it comes, everything is written to DIR: log.txt has what the commands printed, results.jsonl their figures. Last come
+a table and one JSON object, which report.json has too.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -20,10 +21,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,16 +32,17 @@ from coco import shapes
 
 ROOT = Path(__file__).parent.parent
 LONGEST_TABLE = 10_000  # characters
+SECONDS_TO_END = 5  # for a command that is asked to
 NEEDED = ("pycocotools", "hotcoco", "tensorboard", "matplotlib", "pytest", "xdist")
 
 
 @dataclass(frozen=True)
 class Step:
-    """Commands for Python, by name, that run beside each other, and the seconds after which they are ended."""
+    """A command for Python, and the seconds after which it is ended."""
 
     name: str
     limit: float
-    commands: dict[str, str]
+    command: str
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,15 @@ def list_steps(scale: Scale, work: Path, weights_backbone: str, data: str) -> li
     training += f" --output-dir {work}/trained --workers 1 --print-freq 5 {amp_flag(scale)} --max-steps"
     learning = f"-m benchmarks.side_by_side {data} --weights-backbone {weights_backbone} --output-dir {work}/learned"
     learning += f" --recipe small {amp_flag(scale)} --eval-freq 20 {scale.learning}"
-    machine = {
-        "ceilings": "-m benchmarks.ceilings",
-        "drawing": f"-m benchmarks.coco_like {work}/drawn --files {scale.files}",
-    }
     return [
-        Step("machine", 60, machine),
-        *list_step_measurements(scale),
+        Step("machine", 60, "-m benchmarks.ceilings"),
+        Step("tests", 240, f"-m pytest -n {scale.test_workers} --maxprocesses 99 -vv tests/test_gpu.py"),
         *list_other_measurements(scale, work),
-        Step("tests", 170, {"": f"-m pytest -n {scale.test_workers} --maxprocesses 99 tests/test_gpu.py -v"}),
-        Step("trains", 60, {"": f"{training} {scale.trained_steps[0]}"}),
-        Step("goes on", 60, {"": f"{training} {scale.trained_steps[1]} --resume auto"}),
-        Step("learns", 240, {"": learning}),
+        Step("trains", 60, f"{training} {scale.trained_steps[0]}"),
+        Step("goes on", 60, f"{training} {scale.trained_steps[1]} --resume auto"),
+        Step("learns", 300, learning),
         *list_lever_measurements(scale),
+        *list_step_measurements(scale),
     ]
 
 
@@ -157,25 +153,22 @@ def list_step_measurements(scale: Scale) -> list[Step]:
     small = f"--batch-size {scale.batches} --modes {modes} --peer {' '.join(scale.peers)} --at-once 16"
     large = f"--batch-size {scale.large_batches} --modes eager {scale.compiled} --peer {scale.peers[-1]} --at-once 6"
     return [
-        Step("step", 170, {"": f"{train_step} {small}"}),
-        Step("step, large batches", 120, {"": f"{train_step} {large}"}),
+        Step("step", 240, f"{train_step} {small}"),
+        Step("step, large batches", 120, f"{train_step} {large}"),
     ]
 
 
 def list_lever_measurements(scale: Scale) -> list[Step]:
     """What is not decided."""
     alone = f"-m benchmarks.train_step --steps {scale.steps} --rounds {scale.rounds} --model {scale.step_model}"
-    combined = f"--precision {scale.precision} --batch-size {scale.smallest} --modes {scale.graphs}"
-    large = f"--precision {scale.precision} --batch-size {scale.largest} --modes {scale.compiled} --at-once 3"
+    small = f"--precision {scale.precision} --batch-size {scale.smallest} --modes {scale.graphs}"
+    large = f"--precision {scale.precision} --batch-size {scale.largest} --modes {scale.compiled} --at-once 4"
+    large += " --levers separate-heads pooled-convs benchmark-limit-0 none"
     return [
-        Step("combined kernels", 100, {"": f"{alone} {combined} --levers combo-kernels none"}),
-        Step(
-            "early pools, all plans",
-            120,
-            {"": f"{alone} {large} --levers pooled-convs benchmark-limit-0 none"},
-        ),
-        Step("step in float32", 50, {"": f"{alone} --batch-size {scale.middle} --precision fp32"}),
-        Step("convolutions", 60, {"": f"-m benchmarks.ceilings --convolutions --batch-size {scale.largest}"}),
+        Step("levers, small batch", 100, f"{alone} {small} --levers combo-kernels none"),
+        Step("levers, large batch", 150, f"{alone} {large}"),
+        Step("step in float32", 50, f"{alone} --batch-size {scale.middle} --precision fp32"),
+        Step("convolutions", 60, f"-m benchmarks.ceilings --convolutions --batch-size {scale.largest}"),
     ]
 
 
@@ -183,32 +176,26 @@ def list_other_measurements(scale: Scale, work: Path) -> Iterator[Step]:
     """Post-processing, the loss, and training from files."""
     rounds = f"--rounds {scale.rounds}"
     postprocess = f"-m benchmarks.postprocess {rounds} --predictions trained collapsed"
-    yield Step("post-processing", 60, {"": f"{postprocess} --batch-size {scale.postprocessed_batches}"})
-    yield Step("loss", 100, {"": f"-m benchmarks.loss {rounds} --batch-size {scale.middle}"})
+    yield Step("drawing", 60, f"-m benchmarks.coco_like {work}/drawn --files {scale.files}")
+    yield Step("post-processing", 60, f"{postprocess} --batch-size {scale.postprocessed_batches}")
+    yield Step("loss", 100, f"-m benchmarks.loss {rounds} --batch-size {scale.middle}")
     from_files = f"-m benchmarks.end_to_end --drawn {work}/drawn --files {scale.files} --model {scale.step_model}"
     from_files += f" --workers {scale.loader_workers} {amp_flag(scale)}"
     sizes, modes = (scale.largest, scale.smallest), (scale.compiled, scale.graphs)
     for size, mode, number in zip(sizes, modes, scale.steps_from_files, strict=True):
         compiles = "" if mode == "eager" else f"--compile {mode}"
         command = f"{from_files} --batch-size {size} --steps {number} {compiles}"
-        yield Step(f"files to weights, batch {size}", 90, {"": command})
+        yield Step(f"files to weights, batch {size}", 90, command)
 
 
-def run_step(step: Step, output_dir: Path, environment: dict[str, str], limit: float) -> list[dict]:
-    """Runs the commands beside each other, until they or the ``limit`` in seconds end; returns what came of each."""
-    lock = threading.Lock()
-
-    def run(name: str) -> dict:
-        title = f"{step.name}: {name}" if name else step.name
-        result, text = run_command(step.commands[name], environment, limit)
-        with lock, open(output_dir / "log.txt", "a") as log, open(output_dir / "results.jsonl", "a") as file:
-            log.write(f"\n$ python {step.commands[name]}\n{text}\n[{title}: {result['outcome']}]\n")
-            file.write(json.dumps({"step": title, **result}) + "\n")
-            print(f"{result['seconds']:6.1f} s  {title}: {result['outcome']}", flush=True)
-        return {"step": title, **result}
-
-    with ThreadPoolExecutor(len(step.commands)) as threads:
-        return list(threads.map(run, step.commands))
+def run_step(step: Step, output_dir: Path, environment: dict[str, str], limit: float) -> dict:
+    """What came of a step, which ends at the latest after ``limit`` seconds; it is also written."""
+    result, text = run_command(step.command, environment, limit)
+    with open(output_dir / "log.txt", "a") as log, open(output_dir / "results.jsonl", "a") as file:
+        log.write(f"\n$ python {step.command}\n{text}\n[{step.name}: {result['outcome']}]\n")
+        file.write(json.dumps({"step": step.name, **result}) + "\n")
+    print(f"{result['seconds']:6.1f} s  {step.name}: {result['outcome']}", flush=True)
+    return {"step": step.name, **result}
 
 
 def run_command(command: str, environment: dict[str, str], limit: float) -> tuple[dict, str]:
@@ -228,6 +215,7 @@ def run_command(command: str, environment: dict[str, str], limit: float) -> tupl
             outcome = "ok" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
             outcome = f"ended after {limit:.0f} s"
+            interrupt(process)
         end_group(process)
         output.seek(0)
         text = output.read()
@@ -235,6 +223,13 @@ def run_command(command: str, environment: dict[str, str], limit: float) -> tupl
     if outcome != "ok":
         result["last lines"] = text.splitlines()[-5:]
     return result, text
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """As Ctrl-C does, after which pytest still tells of the tests that have failed."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(SECONDS_TO_END)
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -283,7 +278,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("out/on_gpu"))
     parser.add_argument("--weights-backbone", default="none", help="VGG16's, a file (default: random ones)")
     parser.add_argument("--data-path", type=Path, help="photographs, in COCO's layout (default: drawn shapes)")
-    parser.add_argument("--minutes", type=float, help="after which all ends (default: 9; of a rehearsal: never)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which all ends (default: never)")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="leave out all other steps")
     parser.add_argument("--rehearse", action="store_true", help="all steps in miniature, without compilation")
     args = parser.parse_args()
@@ -292,7 +287,6 @@ def get_args() -> argparse.Namespace:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(f"{', '.join(missing)}: not installed (requirements.txt)")
-    args.minutes = args.minutes or (math.inf if args.rehearse else 9)
     return args
 
 
@@ -351,7 +345,8 @@ def main() -> None:
                 continue
             left = 60 * args.minutes - (time.monotonic() - begin)
             if left > 0:
-                results += run_step(step, args.output_dir, environment, min(left, scale.patience * step.limit))
+                limit = min(left, scale.patience * step.limit)
+                results.append(run_step(step, args.output_dir, environment, limit))
                 report = write_report(args.output_dir, results, args.rehearse, time.monotonic() - begin)
             else:
                 print(f"left out, for want of time: {step.name}", flush=True)

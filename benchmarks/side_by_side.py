@@ -5,19 +5,18 @@
 
 DIR is in COCO's layout, FILE has VGG16's weights or is 'none'; the other flags are train.py's, of which
 torchvision_training.py says what the references make of them. Both sides see as many images. --at-once runs that many
-trainings beside each other, whose times then say little. What they print and write goes to --output-dir. The last line
-is one JSON object.
+trainings beside each other, whose times then say little. What they print and write goes to --output-dir. After each
+comes one JSON object with all that is known.
 """
 
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from engine import flags
@@ -27,17 +26,24 @@ SIDES = {"ours": ["train.py"], "torchvision": ["-m", "benchmarks.torchvision_tra
 
 
 def run(side: str, seed: int, output_dir: Path, train_flags: list[str]) -> dict:
-    """The metrics of the last evaluation, those of all, and the seconds from the start of the process to its end."""
+    """The metrics of the last evaluation, those of all, and the seconds from the start of the process to its end.
+
+    Raises:
+        SystemExit: it has failed, or evaluated nothing.
+    """
     folder = output_dir / f"{side}_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *SIDES[side], *train_flags, "--seed", str(seed), "--output-dir", str(folder)]
     begin = time.monotonic()
     with open(folder / "console.txt", "w") as console:
-        subprocess.run(command, cwd=ROOT, env=os.environ, stdout=console, stderr=subprocess.STDOUT, check=True)
+        code = subprocess.run(command, cwd=ROOT, stdout=console, stderr=subprocess.STDOUT).returncode
+    if code != 0:
+        sys.exit(f"{side}, seed {seed}: exit code {code}, see {folder / 'console.txt'}")
     seconds = time.monotonic() - begin
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(one["step"], one["AP"], one["AP50"]) for one in records if one["kind"] == "val"]
-    print(f"{side}, seed {seed}: AP {curve[-1][1]:.3f}, AP50 {curve[-1][2]:.3f}, {seconds:.1f} s", flush=True)
+    if not curve:
+        sys.exit(f"{side}, seed {seed}: has evaluated nothing; leave out --eval-freq 0")
     return {"AP": curve[-1][1], "AP50": curve[-1][2], "seconds": seconds, "curve": curve}
 
 
@@ -49,27 +55,48 @@ def summary(results: list[dict]) -> dict:
     return {**means, "standard error of AP": error, "runs": results}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def compare(ours: dict, theirs: dict) -> dict:
+    """Of two summaries."""
+    found = {"difference of AP": ours["AP"] - theirs["AP"], "times as long": theirs["seconds"] / ours["seconds"]}
+    errors = [one["standard error of AP"] for one in (ours, theirs)]
+    if None not in errors:
+        found["standard error of the difference"] = math.hypot(*errors)
+    return found
+
+
+def get_args() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--seeds", type=flags.positive, default=3)
     parser.add_argument("--at-once", type=flags.positive, default=1)
     parser.add_argument("--output-dir", type=Path, default=Path("out/side_by_side"))
     args, train_flags = parser.parse_known_args()
+    if any(flag.split("=")[0] == "--seed" for flag in train_flags):
+        parser.error("--seed: seeds are 0 to --seeds")
+    return args, train_flags
+
+
+def main() -> None:
+    args, train_flags = get_args()
     jobs = [(side, seed) for seed in range(args.seeds) for side in SIDES]
-    with ThreadPoolExecutor(args.at_once) as threads:
-        found = list(threads.map(lambda job: run(*job, args.output_dir, train_flags), jobs))
+    results = {side: [] for side in SIDES}
     report = {"flags": train_flags, "at once": args.at_once}
-    for side in SIDES:
-        report[side] = summary([one for (name, _), one in zip(jobs, found, strict=True) if name == side])
-        print(f"{side}: AP {report[side]['AP']:.3f}, AP50 {report[side]['AP50']:.3f}, {report[side]['seconds']:.1f} s")
-    ours, theirs = report["ours"], report["torchvision"]
-    report["difference of AP"] = ours["AP"] - theirs["AP"]
-    if args.seeds > 1:
-        errors = math.hypot(ours["standard error of AP"], theirs["standard error of AP"])
-        report["standard error of the difference"] = errors
-    report["times as long"] = theirs["seconds"] / ours["seconds"]
-    print(f"ours is {report['difference of AP']:+.3f} AP above, in 1/{report['times as long']:.2f} of the time")
-    print(json.dumps(report))
+    with ThreadPoolExecutor(args.at_once) as threads:
+        running = {threads.submit(run, *job, args.output_dir, train_flags): job for job in jobs}
+        for future in as_completed(running):
+            side, seed = running[future]
+            try:
+                found = future.result()
+            except SystemExit:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+            results[side].append(found)
+            print(f"{side}, seed {seed}: AP {found['AP']:.3f}, AP50 {found['AP50']:.3f}, {found['seconds']:.1f} s")
+            report |= {name: summary(ones) for name, ones in results.items() if ones}
+            if all(results.values()):
+                report |= compare(*(report[name] for name in SIDES))
+            print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import copy
 import io
 import itertools
 import json
-import math
 import os
 import statistics
 import sys
@@ -42,18 +41,20 @@ import presets
 import ssd
 import train
 import utils
-from benchmarks import device_profile
+from benchmarks import device_profile, torchvision_training
 from benchmarks.coco_like import BOXES_PER_IMAGE, MAX_BOXES
 from benchmarks.turns import Variants
 from engine import execution, flags, run_log
 from engine.divergence import Divergence
 from engine.run_log import RunLog, StepLog
 from engine.training_state import TrainingState
+from ssd import head
 
 NUM_CLASSES = 91
 LR = 1e-4
 STEPS_TO_ALLOCATE = 3
 STEPS_TO_COUNT_WAITS = 5
+MODES = ("eager", *(mode for mode in flags.COMPILE_MODES if mode != "auto"))
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 # dense operations per second by the vendor's data sheet: bf16 and fp16, and TF32, which PyTorch's convolutions use
 PEAKS = {
@@ -82,6 +83,11 @@ def make_batch(preset: presets.DetectionPresetTrain, batch_size: int) -> dict:
         sample = preset(image, boxes.astype(np.float32), rng.integers(1, NUM_CLASSES, BOXES_PER_IMAGE), rng)
         samples.append(sample | {"image_id": image_id})
     return coco_utils.collate(samples, MAX_BOXES)
+
+
+def separate_heads(model: ssd.SSD) -> None:
+    """Lets a GPU predict classes and offsets by a convolution each."""
+    head.are_alike = lambda layers: False
 
 
 class PooledConv(nn.Conv2d):
@@ -124,6 +130,7 @@ def leave(model: ssd.SSD) -> None:
 
 LEVERS = {
     "none": leave,
+    "separate-heads": separate_heads,
     "pooled-convs": pool_early,
     "combo-kernels": combine_kernels,
     "benchmark-limit-0": try_all_plans,
@@ -168,11 +175,10 @@ def make_ours(
 
 
 def make_peer(batch_size: int, amp: bool) -> Callable[[int], None]:
-    """The step of torchvision's references/detection/engine.py, in our words."""
+    """Runs the references' step, on images that already have the network's size."""
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=NUM_CLASSES).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=5e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp and device.type == "cuda")
-    autocast = torch.autocast(device.type, enabled=amp)  # the reference names no type: fp16 on a GPU, bf16 on a CPU
+    scaler = torchvision_training.make_scaler(device, amp)
     preset = presets.DetectionPresetTrain(data_augmentation="ssd", size=300)
     batch = utils.to_device(make_batch(preset, batch_size), device)
     images = list(batch["image"].float() / 255)
@@ -183,17 +189,7 @@ def make_peer(batch_size: int, amp: bool) -> Callable[[int], None]:
 
     def run(num_steps: int, with_line: bool = True) -> None:
         for _ in range(num_steps):
-            with autocast:
-                losses = model(images, targets)
-                loss = sum(losses.values())
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError("the peer's loss is not finite")
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            for value in (loss, *losses.values()):  # its log reads each in every step
-                value.item()
+            torchvision_training.take_step(model, optimizer, scaler, amp, images, targets)
 
     return run
 
@@ -302,7 +298,12 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=ssd.list_models(), default="ssd300_vgg16")
     parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[32])
     parser.add_argument("--precision", nargs="+", choices=["fp32", *execution.AMP_DTYPES], default=["fp32"])
-    parser.add_argument("--modes", nargs="+", choices=["eager", *flags.COMPILE_MODES[1:]], default=["eager"])
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=["eager"],
+    )
     parser.add_argument(
         "--levers", nargs="+", choices=list(LEVERS), default=["none"], help="measure with each of these"
     )

@@ -30,7 +30,7 @@ class StepNumbers:
         return self.arrived is None or self.arrived.query()
 
     def are_finite(self) -> bool:
-        if self.arrived is not None:
+        if not self.have_arrived:
             self.arrived.synchronize()
         return bool(self.values.isfinite().all())
 

@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,17 +24,16 @@ def make_autocast(device: torch.device, amp: str | None) -> torch.autocast:
     return torch.autocast(device.type, AMP_DTYPES.get(amp), enabled=amp is not None)
 
 
-def compile_whole(module: nn.Module, mode: str, num_processes: int = 1) -> None:
+def compile_whole(module: nn.Module, mode: str) -> None:
     """Compiles ``module`` in place, as one graph.
 
     Args:
         module: what to compile.
         mode: of ``torch.compile``, or ``auto``: CUDA graphs, with which few images take a third of the time
-            (``benchmarks/NOTES.md``), unless gradients are exchanged between processes, which nobody has measured.
-        num_processes: that train together.
+            (``benchmarks/NOTES.md``), but not where DDP puts the exchange of gradients between graphs.
     """
     if mode == "auto":
-        mode = "reduce-overhead" if num_processes == 1 else "default"
+        mode = "default" if dist.is_initialized() else "reduce-overhead"
     keep_pool_backward()
     module.compile(mode=mode, fullgraph=True)
 

@@ -274,7 +274,7 @@ def add_speed_flags(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const="auto",
         choices=COMPILE_MODES,
-        help="compile with torch.compile, in this mode (auto: reduce-overhead, in several processes default)",
+        help="compile with torch.compile, in this mode (auto: reduce-overhead, under torchrun default)",
     )
     add("--cache", choices=["ram"], help="hold the training images' files in memory")
 

@@ -20,15 +20,23 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Module:
 def predict(layers: Sequence[nn.Module], features: Tensor) -> Sequence[Tensor]:
     """What each of ``layers`` predicts from one feature map.
 
-    A GPU gets convolutions as one (``benchmarks/NOTES.md``).
+    On a GPU one convolution of many channels takes less time than two, of which one has few (``benchmarks/NOTES.md``).
     """
-    if features.device.type == "cuda" and all(isinstance(layer, nn.Conv2d) for layer in layers):
+    if features.device.type == "cuda" and are_alike(layers):
         return convolve_together(layers, features)
     return [layer(features) for layer in layers]
 
 
+def are_alike(layers: Sequence[nn.Module]) -> bool:
+    """Whether they are plain convolutions that differ in their output channels alone, as ``conv3x3`` makes them."""
+    if any(type(layer) is not nn.Conv2d or layer.bias is None or layer.groups > 1 for layer in layers):
+        return False
+    settings = [(one.kernel_size, one.stride, one.padding, one.dilation, one.padding_mode) for one in layers]
+    return all(one == settings[0] and one[-1] == "zeros" for one in settings)
+
+
 def convolve_together(convs: Sequence[nn.Conv2d], features: Tensor) -> Sequence[Tensor]:
-    """What each of ``convs``, which differ in their output channels alone, makes of ``features``, by one convolution.
+    """What each of ``convs``, which ``are_alike``, makes of ``features``, by one convolution.
 
     Its output channels are filled up to a multiple of 8, so that tensor cores find them aligned.
     """
@@ -36,7 +44,7 @@ def convolve_together(convs: Sequence[nn.Conv2d], features: Tensor) -> Sequence[
     missing = -sum(channels) % 8
     weight = F.pad(torch.cat([conv.weight for conv in convs]), (0, 0) * 3 + (0, missing))
     bias = F.pad(torch.cat([conv.bias for conv in convs]), (0, missing))
-    together = F.conv2d(features, weight, bias, convs[0].stride, convs[0].padding)
+    together = F.conv2d(features, weight, bias, convs[0].stride, convs[0].padding, convs[0].dilation)
     return together.split([*channels, missing], dim=1)[:-1]
 
 

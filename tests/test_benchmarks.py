@@ -1,16 +1,19 @@
 """What measures: right where it computes, and ready to run where there is a GPU."""
 
 import json
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.models import vgg
 
 import coco
 import ssd
-from benchmarks import coco_like, device_profile, on_gpu, train_step
+import train
+from benchmarks import coco_like, device_profile, on_gpu, side_by_side, torchvision_training, train_step
 from benchmarks.device_profile import Interval
 from benchmarks.turns import Variants
 
@@ -22,23 +25,27 @@ def test_the_run_for_a_gpu_is_rehearsed(run, tmp_path):
     assert report["failed"] == []
     assert json.loads(console.splitlines()[-1]) == {key: report[key] for key in report if key != "results"}
     expected = on_gpu.list_steps(on_gpu.MINIATURE, tmp_path, "none", "")
-    assert len(report["results"]) == sum(len(step.commands) for step in expected)
+    assert [result["step"] for result in report["results"]] == [step.name for step in expected]
     written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     results = {result["step"]: result for result in report["results"]}
     assert {result["step"]: result for result in written} == results  # those, as they came
     figures = {step: result["figures"] for step, result in results.items()}
     assert figures["step"]["batches"]["1"]["ratios"].keys() == {"ours fp32 eager / peer fp32"}
-    assert figures["early pools, all plans"]["batches"]["2"]["variants"].keys() == {
+    assert figures["levers, large batch"]["batches"]["2"]["variants"].keys() == {
         "ours fp32 eager",
+        "ours fp32 eager + separate-heads",
         "ours fp32 eager + pooled-convs",
         "ours fp32 eager + benchmark-limit-0",
     }
     assert "Done: 3 steps" in (tmp_path / "log.txt").read_text()
 
 
-def test_the_full_run_has_the_same_steps(tmp_path):
+def test_the_full_run_has_the_same_steps_and_no_flag_that_the_rehearsal_does_not_try(tmp_path):
     full, miniature = (on_gpu.list_steps(scale, tmp_path, "none", "") for scale in (on_gpu.FULL, on_gpu.MINIATURE))
-    assert [step.commands.keys() for step in full] == [step.commands.keys() for step in miniature]
+    assert [step.name.split(", batch")[0] for step in full] == [step.name.split(", batch")[0] for step in miniature]
+    for one, other in zip(full, miniature, strict=True):
+        tried, wanted = (set(re.findall(r" (--[a-z-]+)", step.command)) for step in (other, one))
+        assert wanted - tried <= {"--amp", "--compile", "--at-once"}, one.name
 
 
 def test_a_step_ends_at_its_limit_with_all_that_it_started_and_loses_nothing(tmp_path, monkeypatch):
@@ -51,9 +58,9 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started_and_loses_nothing(tmp
         "time.sleep(600)\n"
     )
     (tmp_path / "broken.py").write_text("raise SystemExit('no luck')")
-    commands = {name: f"{name}.py" for name in ("quick", "slow", "broken")}
     begin = time.monotonic()
-    results = on_gpu.run_step(on_gpu.Step("all", 5, commands), tmp_path, {}, limit=5)
+    steps = [on_gpu.Step(name, 5, f"{name}.py") for name in ("quick", "slow", "broken")]
+    results = [on_gpu.run_step(step, tmp_path, {}, step.limit) for step in steps]
     assert time.monotonic() - begin < 60
     assert [result["outcome"] for result in results] == ["ok", "ended after 5 s", "exit code 1"]
     assert results[0]["figures"] == {"value": 3}
@@ -64,7 +71,8 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started_and_loses_nothing(tmp
         time.sleep(0.1)
     assert results[2]["last lines"] == ["no luck"]
     assert "no luck" in (tmp_path / "log.txt").read_text()
-    assert "all: slow" in on_gpu.table(results)
+    assert "ended after 5 s" in on_gpu.table(results)
+    assert "KeyboardInterrupt" in (tmp_path / "log.txt").read_text()  # it was asked first
 
 
 def is_alive(pid: int) -> bool:
@@ -152,10 +160,11 @@ def test_drawn_files_are_used_again(tmp_path):
     assert max(annotations.offsets[1:] - annotations.offsets[:-1]) == coco_like.MAX_BOXES
 
 
-def test_the_references_training_learns_what_ours_does(run, data_path, tmp_path):
-    """From the same files, weights and flags: what it writes can be laid beside ours."""
-    layers = torch.nn.Sequential(*vgg.make_layers(vgg.cfgs["D"]))
-    torch.save({f"features.{key}": value for key, value in layers.state_dict().items()}, tmp_path / "vgg16.pth")
+def test_the_references_training_writes_what_ours_does(run, data_path, tmp_path):
+    """From the same files, weights and flags: its metrics can be laid beside ours."""
+    layers = vgg.make_layers(vgg.cfgs["D"])
+    weights = {f"features.{key}": value for key, value in layers.state_dict().items()}
+    torch.save(weights | {"classifier.0.bias": torch.full((4096,), torch.nan)}, tmp_path / "vgg16.pth")
     command = ["-m", "benchmarks.torchvision_training", "--data-path", data_path, "--workers", 0, "--batch-size", 3]
     command += ["--weights-backbone", tmp_path / "vgg16.pth", "--output-dir", tmp_path, "--lr", 1e-4]
     console = run(*command, "--epochs", 2, "--eval-freq", 1, "--opt", "adamw").stdout
@@ -169,3 +178,64 @@ def test_the_references_training_learns_what_ours_does(run, data_path, tmp_path)
     ]
     assert records[2]["loss"] < records[0]["loss"]
     assert json.loads(console.splitlines()[-1])["seconds"] == records[-1]["seconds"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model", "ssd300_resnet18"],
+        ["--data-augmentation", "hflip"],
+        ["--accumulate", "2"],
+        ["--max-steps", "5"],
+        ["--freeze-backbone", "--weights", "none"],
+        ["--recipe", "ssdlite"],
+        ["--weights-backbone", "default"],
+    ],
+)
+def test_the_references_side_refuses_what_would_be_another_training(flags):
+    args = train.parse_args(["--weights-backbone", "none", *flags])
+    with pytest.raises(SystemExit, match="--"):
+        torchvision_training.refuse_other_trainings(args)
+    torchvision_training.refuse_other_trainings(train.parse_args(["--weights-backbone", "none", "--recipe", "small"]))
+
+
+def test_the_references_train_on_images_with_a_box_of_some_size_be_it_a_crowd(tmp_path):
+    boxes = {
+        1: [[0, 0, 9, 9, 0]],
+        2: [[0, 0, 9, 1, 0]],
+        3: [],
+        4: [[0, 0, 9, 9, 1]],
+        5: [[0, 0, 1, 1, 0], [1, 1, 2, 3, 0]],
+    }
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 20, "height": 10} for i in boxes],
+        "categories": [{"id": 7, "name": "thing"}],
+        "annotations": [
+            {"id": 10 * i + k, "image_id": i, "category_id": 7, "bbox": box[:4], "area": 1, "iscrowd": box[4]}
+            for i, ones in boxes.items()
+            for k, box in enumerate(ones)
+        ],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    for i in boxes:
+        Image.new("RGB", (20, 10)).save(tmp_path / f"{i}.png")
+    training_set = torchvision_training.TrainingSet(tmp_path, tmp_path / "instances.json")
+    assert training_set.ids == [1, 4, 5]
+    assert training_set.load(1)[1].shape == (0, 4)
+    assert training_set.load(2)[1].tolist() == [[0, 0, 1, 1], [1, 1, 3, 4]]
+    image, target = training_set[0]
+    assert image.dtype == torch.float32
+    assert target["labels"].unique().tolist() == [7]
+
+
+def test_sides_are_compared_by_the_means_of_their_seeds():
+    ours = side_by_side.summary([{"AP": ap, "AP50": 2 * ap, "seconds": 10} for ap in (0.2, 0.3, 0.4)])
+    theirs = side_by_side.summary([{"AP": ap, "AP50": 2 * ap, "seconds": 25} for ap in (0.1, 0.2, 0.3)])
+    error = 0.1 / 3**0.5
+    assert ours["AP50"] == pytest.approx(0.6)
+    assert ours["standard error of AP"] == pytest.approx(error)
+    assert side_by_side.compare(ours, theirs) == pytest.approx(
+        {"difference of AP": 0.1, "times as long": 2.5, "standard error of the difference": error * 2**0.5}
+    )
+    alone = side_by_side.summary([{"AP": 0.2, "AP50": 0.3, "seconds": 1}])
+    assert "standard error of the difference" not in side_by_side.compare(alone, theirs)

@@ -214,6 +214,16 @@ def test_constants_of_the_transforms(built):
     }
 
 
+def test_small_begins_with_small_predictions(built):
+    assert built["small"]["init"] == ["xavier", "small", "small"]
+    assert differences(built["small"], built["lr_scheme"]) == {
+        "init",
+        "optimizer",
+        "images per step",
+        "rates",
+    }
+
+
 def test_the_demo_is_tuned_for_its_own_batch():
     args = train.parse_args(["--recipe", "demo"])
     assert (args.batch_size, args.tuned_for_batch, args.epochs, args.lr_steps) == (4, 4, 5, [4])

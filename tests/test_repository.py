@@ -71,6 +71,16 @@ def test_docs_and_help_name_the_same_flags_in_the_same_order():
         assert sorted(shared + own) == sorted(all_flags)
 
 
+def test_docs_list_the_values_of_flags():
+    rows = re.findall(r"^\| `--([a-z-]+) \[?\{([\w,-]+)\}", (ROOT / "docs/flags.md").read_text(), re.MULTILINE)
+    listed = {flag.replace("-", "_"): values.split(",") for flag, values in rows}
+    assert len(listed) > 8
+    for parser in PARSERS.values():
+        for action in parser._actions:
+            if action.dest in listed:
+                assert listed[action.dest] == list(action.choices), action.dest
+
+
 @pytest.mark.parametrize("script", PARSERS)
 def test_every_flag_is_read(script):
     """As an attribute in the scripts and where flags are defined, or as an item below them."""

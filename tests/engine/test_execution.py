@@ -33,18 +33,19 @@ class Pools(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("mode", "num_processes", "expected"),
+    ("mode", "is_distributed", "expected"),
     [
-        ("auto", 1, "reduce-overhead"),
-        ("auto", 8, "default"),
-        ("default", 1, "default"),
-        ("max-autotune", 8, "max-autotune"),
+        ("auto", False, "reduce-overhead"),
+        ("auto", True, "default"),
+        ("default", False, "default"),
+        ("max-autotune", True, "max-autotune"),
     ],
 )
-def test_graphs_are_recorded_where_gradients_are_not_exchanged(monkeypatch, mode, num_processes, expected):
+def test_graphs_are_recorded_where_gradients_are_not_exchanged(monkeypatch, mode, is_distributed, expected):
     settings = {}
     monkeypatch.setattr(nn.Module, "compile", lambda module, **given: settings.update(given))
-    execution.compile_whole(nn.ReLU(), mode, num_processes)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: is_distributed)
+    execution.compile_whole(nn.ReLU(), mode)
     assert settings == {"mode": expected, "fullgraph": True}
 
 

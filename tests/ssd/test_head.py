@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import ssd
-from ssd.head import convolve_together
+from ssd.head import are_alike, conv3x3, convolve_together
 
 
 @pytest.mark.parametrize("channels", [(28, 16), (364, 16), (546, 24), (5, 2)])
@@ -24,6 +24,39 @@ def test_convolutions_together_are_what_they_are_alone(monkeypatch, channels):
     )
     torch.testing.assert_close(with_gradients(convolve_together(convs, features)), expected, rtol=1e-12, atol=1e-12)
     assert sizes == [sum(channels) + -sum(channels) % 8]
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (conv3x3(4, 8), True),
+        (nn.Conv2d(4, 8, 1), False),
+        (nn.Conv2d(4, 8, 3), False),
+        (nn.Conv2d(4, 8, 3, padding=1, stride=2), False),
+        (nn.Conv2d(4, 8, 3, padding=2, dilation=2), False),
+        (nn.Conv2d(4, 8, 3, padding=1, groups=2), False),
+        (nn.Conv2d(4, 8, 3, padding=1, bias=False), False),
+        (nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), False),
+        (Doubled(4, 8, 3, padding=1), False),
+        (nn.Sequential(conv3x3(4, 8)), False),
+    ],
+)
+def test_only_what_is_alike_is_joined(other, expected):
+    assert are_alike([conv3x3(4, 6), other]) == expected
+
+
+def test_convolutions_that_reflect_stay_alone():
+    reflecting = [nn.Conv2d(4, number, 3, padding=1, padding_mode="reflect") for number in (6, 8)]
+    assert not are_alike(reflecting)
+    dilated = [nn.Conv2d(4, number, 3, padding=2, dilation=2) for number in (6, 8)]
+    features = torch.rand(1, 4, 9, 9)
+    assert are_alike(dilated)
+    torch.testing.assert_close(convolve_together(dilated, features), tuple(conv(features) for conv in dilated))
 
 
 def test_predictions_are_in_the_order_of_the_default_boxes():
