@@ -38,7 +38,8 @@ def run(side: str, seed: int, output_dir: Path, train_flags: list[str]) -> dict:
     with open(folder / "console.txt", "w") as console:
         code = subprocess.run(command, cwd=ROOT, stdout=console, stderr=subprocess.STDOUT).returncode
     if code != 0:
-        sys.exit(f"{side}, seed {seed}: exit code {code}, see {folder / 'console.txt'}")
+        last_line = (folder / "console.txt").read_text().strip().rpartition("\n")[-1]
+        sys.exit(f"{side}, seed {seed}: exit code {code}, {folder / 'console.txt'} ends with: {last_line}")
     seconds = time.monotonic() - begin
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(one["step"], one["AP"], one["AP50"]) for one in records if one["kind"] == "val"]
