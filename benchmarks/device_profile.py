@@ -51,10 +51,10 @@ def summary(intervals: list[Interval], host_calls: list[str], num_steps: int) ->
 
     Returns:
         ``busy_share``, the share of the time from the first to the last interval in which the device did something,
-        and ``busy_ms_per_step``;
-        ``kernels_per_step``; ``gaps_per_step`` and ``gap_ms_per_step``, of those that are longer than kernels in a row
-        have between them; ``host_calls_per_step``, those that wait or allocate; ``heaviest``, the ten names that took
-        the most time, each with its milliseconds per step, calls per step and share of all kernels' time.
+        and ``busy_ms_per_step``; ``kernels_per_step``; ``gaps_per_step`` and ``gap_ms_per_step``, of those that are
+        longer than kernels in a row have between them; ``host_calls_per_step``, those that wait or allocate;
+        ``heaviest``, the ten names that took the most time, each with its milliseconds per step, calls per step and
+        share of all kernels' time.
     """
     intervals = sorted(intervals, key=lambda one: one.start)
     busy, gaps, end = 0.0, [], intervals[0].start

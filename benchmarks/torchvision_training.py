@@ -33,7 +33,7 @@ import train
 from benchmarks.evaluation import ReferenceDataset, collate_to_tuples, run_reference
 from coco import scoring
 
-MEAN = (123.0, 117.0, 104.0)
+MEAN = [123.0, 117.0, 104.0]
 # what of train.py's flags has one value here
 FIXED = {
     "model": ("ssd300_vgg16",),
@@ -56,7 +56,7 @@ class TrainingSet(ReferenceDataset):
         self.augment = v2.Compose(
             [
                 v2.RandomPhotometricDistort(),
-                v2.RandomZoomOut(fill=list(MEAN)),
+                v2.RandomZoomOut(fill=MEAN),
                 v2.RandomIoUCrop(),
                 v2.RandomHorizontalFlip(),
                 v2.PILToTensor(),

@@ -298,12 +298,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=ssd.list_models(), default="ssd300_vgg16")
     parser.add_argument("--batch-size", type=flags.positive, nargs="+", default=[32])
     parser.add_argument("--precision", nargs="+", choices=["fp32", *execution.AMP_DTYPES], default=["fp32"])
-    parser.add_argument(
-        "--modes",
-        nargs="+",
-        choices=MODES,
-        default=["eager"],
-    )
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"])
     parser.add_argument(
         "--levers", nargs="+", choices=list(LEVERS), default=["none"], help="measure with each of these"
     )

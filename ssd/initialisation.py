@@ -12,8 +12,8 @@ def xavier_init(module: nn.Module) -> None:
 
 def small_init(module: nn.Module) -> None:
     """A tenth of Xavier's weights and zero biases."""
+    xavier_init(module)
     for layer in convolutions(module):
-        xavier_init(layer)
         layer.weight.data.mul_(0.1)
 
 

@@ -26,6 +26,23 @@ def test_convolutions_together_are_what_they_are_alone(monkeypatch, channels):
     assert sizes == [sum(channels) + -sum(channels) % 8]
 
 
+def test_what_a_gpu_does_is_compiled_as_one_graph():
+    layers = [conv3x3(4, 6), conv3x3(4, 8)]
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    features = torch.rand(1, 4, 5, 5)
+    predict = torch.compile(
+        lambda x: convolve_together(layers, x) if are_alike(layers) else None, backend=keep, fullgraph=True
+    )
+    torch.testing.assert_close(predict(features), tuple(conv(features) for conv in layers))
+    (graph,) = graphs
+    assert sum("conv2d" in str(node.target) for node in graph.graph.nodes) == 1
+
+
 class Doubled(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
