@@ -109,6 +109,7 @@ def train(
                 global_step=run.state.global_step,
                 images_per_step=sampler.images_per_step,
                 print_freq=print_freq,
+                seconds_left=run.seconds_left,
             )
             train_one_epoch(run.state, batch_losses, loader, run.step_log, run.check_numbers, run.after_step)
             run.save()

@@ -159,7 +159,14 @@ def make_ours(
         batches = (batch | {"fault": []} for _ in range(num_steps))
         last_step = num_steps if with_line else num_steps + 1
         step_log = StepLog(
-            log=log, epoch=0, first_step=0, last_step=last_step, global_step=0, images_per_step=1, print_freq=20
+            log=log,
+            epoch=0,
+            first_step=0,
+            last_step=last_step,
+            global_step=0,
+            images_per_step=1,
+            print_freq=20,
+            seconds_left=lambda: 0.0,
         )
         with contextlib.redirect_stdout(io.StringIO()):
             train.train_one_epoch(

@@ -1,6 +1,7 @@
 """When a run evaluates, saves and ends. How a step is made it does not know."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,10 @@ class Run:
     stopping: Stopping
     step_log: StepLog | None = None  # of the epoch that it is in
 
+    def __post_init__(self):
+        self.begin = time.perf_counter()
+        self.first_step = self.state.global_step
+
     @contextlib.contextmanager
     def saved_if_stopped(self) -> Iterator[None]:
         """Where a run may be stopped from outside: its state is saved, and the error says so.
@@ -47,6 +52,11 @@ class Run:
     @property
     def is_complete(self) -> bool:
         return self.state.global_step >= self.last_step
+
+    def seconds_left(self) -> float:
+        """Until the last step at the pace so far, evaluations included; call it after a step."""
+        step = self.state.global_step
+        return (time.perf_counter() - self.begin) / (step - self.first_step) * (self.last_step - step)
 
     def evaluate_if_due(self) -> None:
         """Evaluates after every ``eval_freq`` epochs and after the last step, unless that is done."""
@@ -70,9 +80,14 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Saves the latest checkpoint, once it is certain that nothing in it is wrong and nothing amiss."""
+        """Saves the latest checkpoint, once it is certain that nothing in it is wrong and nothing amiss.
+
+        After an epoch it draws the learning curve too.
+        """
         self.stopping.stop_if_not_finite()
         if self.step_log is not None:
             self.step_log.report_skipped()
         self.validation.settle()
         self.checkpoints.save(self.state)
+        if self.is_complete or self.state.global_step % self.state.steps_per_epoch == 0:
+            utils.run_on_main(lambda: self.validation.log.draw_learning_curve(self.state.steps_per_epoch))

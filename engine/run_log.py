@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy import ndarray
 from torch import Tensor
 
 import utils
+from view import reports
 
 
 class LiveLine:
@@ -58,7 +59,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             output_dir.mkdir(parents=True, exist_ok=True)
-            for record in keep_earlier_records(self.path, last_steps or {}):
+            keep_earlier_records(self.path, last_steps or {})
+            for record in read_records(self.path):
                 if record["kind"] == "skipped":
                     self.num_skipped = record["samples"]
                     self.faults |= set(record["faults"])
@@ -126,6 +128,10 @@ class RunLog:
             counts = (right, false, np.zeros_like(right), missed)
             self.tensorboard.add_pr_curve_raw(tag, *counts, precision, recall, step, num_thresholds=len(right))
 
+    def draw_learning_curve(self, steps_per_epoch: int) -> None:
+        """Draws what is logged so far to pictures/learning_curve.png; on the main process only."""
+        reports.write_learning_curve(self.output_dir, read_records(self.path), steps_per_epoch)
+
     def finish(self, text: str) -> None:
         """Says what was skipped in all, then ``text``, and closes the log."""
         if self.num_skipped:
@@ -139,22 +145,21 @@ class RunLog:
             self.tensorboard.close()
 
 
-def keep_earlier_records(path: Path, last_steps: dict[str, int]) -> list[dict]:
-    """Keeps the lines of metrics.jsonl up to the last step of their kind; a line cut short by a crash goes too.
-
-    Returns:
-        What those lines hold.
-    """
-    kept = []
+def read_records(path: Path) -> list[dict]:
+    """What the lines of metrics.jsonl hold, without one that a crash cut short."""
+    records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if record["step"] <= last_steps.get(record["kind"], 0):
-                kept.append(record)
+            records.append(json.loads(line))
+    return records
+
+
+def keep_earlier_records(path: Path, last_steps: dict[str, int]) -> None:
+    """Keeps the lines of metrics.jsonl up to the last step of their kind; a line cut short by a crash goes too."""
+    kept = [record for record in read_records(path) if record["step"] <= last_steps.get(record["kind"], 0)]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
     os.replace(temporary, path)
-    return kept
 
 
 @dataclass(kw_only=True)
@@ -171,6 +176,7 @@ class StepLog:
     global_step: int  # steps before this one, in all epochs
     images_per_step: int  # of all processes
     print_freq: int
+    seconds_left: Callable[[], float]  # of the whole run
 
     def __post_init__(self):
         self.step = self.first_step
@@ -247,7 +253,7 @@ class StepLog:
             rates["skipped"] = self.log.num_skipped
         if overflows:
             rates["overflows"] = overflows
-        eta = datetime.timedelta(seconds=round(seconds * (self.last_step - self.step)))
+        eta = f"{as_time(seconds * (self.last_step - self.step))} (run: {as_time(self.seconds_left())})"
         done = self.step - self.first_step
         losses = "  ".join(f"{name}: {value:.4f} ({self.totals[name] / done:.4f})" for name, value in means.items())
         width = len(str(self.last_step))
@@ -258,6 +264,10 @@ class StepLog:
         self.log.info(self.last_line)
         self.log.metrics("train", self.global_step, means | rates, epoch=self.epoch)
         self.start_window()
+
+
+def as_time(seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=round(seconds))
 
 
 def max_memory() -> float:

@@ -122,7 +122,14 @@ def test_a_compiled_epoch_learns_and_is_watched(tmp_path, mode):
     watch = Divergence(tmp_path)
     batch = make_batch(batch_losses.preset, (3, 4))
     log = StepLog(
-        log=RunLog(tmp_path), epoch=0, first_step=0, last_step=30, global_step=0, images_per_step=2, print_freq=10
+        log=RunLog(tmp_path),
+        epoch=0,
+        first_step=0,
+        last_step=30,
+        global_step=0,
+        images_per_step=2,
+        print_freq=10,
+        seconds_left=lambda: 0.0,
     )
     losses = []
 

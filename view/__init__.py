@@ -1,7 +1,7 @@
 """What people look at.
 
 pictures.py    boxes with class names and scores on images
-charts.py      precision over recall, and the confusion matrix
-reports.py     the pictures of a training's inputs and of an evaluation
+charts.py      learning curve, precision over recall, confusion matrix
+reports.py     the pictures of a training and of an evaluation
 own_images.py  ``evaluate.py --images``: detections on images without annotations
 """

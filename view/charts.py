@@ -1,4 +1,4 @@
-"""Charts for people: precision-recall and confusion matrix.
+"""Charts for people: learning curve, precision-recall and confusion matrix.
 
 Drawn with matplotlib's objects alone, never with pyplot, whose current figure would be shared by all threads.
 """
@@ -16,6 +16,41 @@ SHOWN_CLASSES = 20
 LONGEST_NAME = 24
 PIXELS_PER_INCH = 100
 BLUE, ORANGE, BLACK, GREY = "#1f6fb4", "#d9600f", "#222222", "#c4c4c4"
+
+
+Curve = tuple[Sequence[float], Sequence[float]]  # x and y of its points
+
+
+def learning_curve(losses: dict[str, Curve], metrics: dict[str, Curve]) -> Tensor:
+    """A chart of losses, and under it one of metrics between 0 and 1, both over the epochs.
+
+    Args:
+        losses: by name, on a logarithmic scale.
+        metrics: by name.
+
+    Returns:
+        uint8 [3, H, W].
+    """
+    figure = new_figure(8.6, 6.4)
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.1})
+    upper.set_ylabel("loss")
+    upper.set_yscale("log", nonpositive="mask")
+    upper.set_title("Learning curve", loc="left", fontsize=11)
+    upper.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    upper.yaxis.set_major_formatter("{x:g}")
+    upper.yaxis.set_minor_formatter("")
+    lower.set(ylabel="AP", xlabel="epochs", ylim=(0, 1))
+    for axes, curves in ((upper, losses), (lower, metrics)):
+        marker = "o" if axes is lower else ""
+        for (name, points), color in zip(curves.items(), (BLUE, ORANGE), strict=False):
+            line = axes.plot(*points, label=name, color=color, marker=marker, markersize=4, linewidth=1.8)
+            line[0].set_clip_on(axes is upper)  # a metric of 0 or 1 lies on the edge
+        axes.grid(color="#e8e8e8")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if curves:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1.0), borderaxespad=0, frameon=False)
+    return to_picture(figure)
 
 
 def precision_recall(precision: ndarray, recalls: ndarray, iou_thresholds: ndarray) -> Tensor:

@@ -16,6 +16,8 @@ ORDERS = ("first", "worst", "random")
 MIN_SHOWN_SCORE = 0.3
 NUM_INPUTS = 8
 CURVE_THRESHOLDS = 101
+# of a learning curve: kind and key of a line of metrics.jsonl, and what it is called
+CURVES = (("train", "loss", "loss"), ("val", "loss", "validation loss"), ("val", "AP", "AP"), ("val", "AP50", "AP50"))
 
 
 def choose_images(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, number: int, by: str) -> list[int]:
@@ -130,6 +132,20 @@ def write_pictures(output_dir: Path, drawn: Iterable[tuple[str, Tensor]]) -> Non
         outdated.unlink()
     for name, picture in drawn:
         pictures.save_png(picture, folder / f"{name}.png")
+
+
+def write_learning_curve(output_dir: Path, records: Iterable[dict], steps_per_epoch: int) -> None:
+    """Draws what the lines of metrics.jsonl say of losses and AP."""
+    known = {}
+    for kind, name, label in CURVES:
+        found = [one for one in records if one["kind"] == kind and one.get(name) is not None]
+        if found:
+            known[label] = [one["step"] / steps_per_epoch for one in found], [one[name] for one in found]
+    losses = {label: curve for label, curve in known.items() if "loss" in label}
+    metrics = {label: curve for label, curve in known.items() if label not in losses}
+    folder = output_dir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures.save_png(charts.learning_curve(losses, metrics), folder / "learning_curve.png")
 
 
 def count_by_threshold(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis) -> dict[str, ndarray]:

@@ -9,7 +9,7 @@ from engine.run_log import RunLog, StepLog
 def make_step_log(tmp_path, **settings) -> tuple[RunLog, StepLog]:
     log = RunLog(tmp_path)
     defaults = {"epoch": 2, "first_step": 0, "last_step": 5, "global_step": 10, "images_per_step": 4, "print_freq": 2}
-    return log, StepLog(log=log, **(defaults | settings))
+    return log, StepLog(log=log, seconds_left=lambda: 3661.0, **(defaults | settings))
 
 
 def test_log_lines_hold_means_and_come_at_the_right_steps(tmp_path, capsys):
@@ -26,7 +26,7 @@ def test_log_lines_hold_means_and_come_at_the_right_steps(tmp_path, capsys):
         (15, 9, 10),
     ]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1].startswith("Epoch: [2]  [4/5]  eta: 0:00:00  lr: 0.010000  loss: 7.0000 (5.0000)")
+    assert printed[1].startswith("Epoch: [2]  [4/5]  eta: 0:00:00 (run: 1:01:01)  lr: 0.010000  loss: 7.0000 (5.0000)")
     assert list(tmp_path.glob("events.out.tfevents*"))
 
 

@@ -46,6 +46,27 @@ def check_picture(picture: torch.Tensor) -> None:
     assert (picture < 100).any()
 
 
+CURVE = [0.5, 1.0, 1.5], [0.1, 0.6, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("losses", "metrics"),
+    [
+        ({"loss": CURVE, "validation loss": CURVE}, {"AP": CURVE, "AP50": CURVE}),
+        ({"loss": ([1.0], [58.0])}, {}),
+        ({}, {"AP": ([1.0], [0.0])}),
+        ({"loss": ([1.0, 2.0], [0.0, 1e4])}, {"AP": ([1.0, 2.0], [0.0, 1.0])}),
+        ({}, {}),
+    ],
+    ids=["all", "first", "no loss", "extremes", "nothing"],
+)
+def test_learning_curves_are_whole_pictures(losses, metrics, figures):
+    check_picture(charts.learning_curve(losses, metrics))
+    drawn = [{line.get_label(): line.get_xydata().T.tolist() for line in axes.lines} for axes in figures[0].axes]
+    as_lists = [{name: [*map(list, curve)] for name, curve in curves.items()} for curves in (losses, metrics)]
+    assert drawn == as_lists
+
+
 @pytest.mark.parametrize(
     ("num_classes", "name"),
     [(1, "cat"), (3, LONG_NAME), (10, ""), (10, "$\\frac_$"), (20, LONG_NAME), (21, "cat"), (80, "W" * 200)],

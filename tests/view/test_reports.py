@@ -9,7 +9,7 @@ from pycocotools.cocoeval import COCOeval
 import coco
 from coco import scoring
 from tests.conftest import annotation, image
-from view import pictures, reports
+from view import charts, pictures, reports
 
 CIRCLE, STAR = 1, 2
 
@@ -228,3 +228,24 @@ def test_thresholds_are_cocos():
     params = COCOeval(iouType="bbox").params
     np.testing.assert_allclose(params.iouThrs, scoring.IOU_THRESHOLDS)
     np.testing.assert_allclose(params.recThrs, scoring.RECALLS)
+
+
+def test_a_learning_curve_has_what_is_logged_over_the_epochs(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "learning_curve", lambda *curves: drawn.append(curves) or torch.zeros(3, 9, 9).byte())
+    records = [
+        {"kind": "train", "step": 2, "loss": 9.0, "lr": 1.0},
+        {"kind": "skipped", "step": 3, "samples": 1, "faults": []},
+        {"kind": "train", "step": 4, "loss": 5.0, "lr": 1.0},
+        {"kind": "val", "step": 4, "AP": 0.25, "AP50": 0.5},
+        {"kind": "val", "step": 8, "AP": None, "AP50": None, "loss": 3.0},
+    ]
+    reports.write_learning_curve(tmp_path, records, steps_per_epoch=4)
+    assert drawn == [
+        (
+            {"loss": ([0.5, 1.0], [9.0, 5.0]), "validation loss": ([2.0], [3.0])},
+            {"AP": ([1.0], [0.25]), "AP50": ([1.0], [0.5])},
+        )
+    ]
+    with Image.open(tmp_path / "pictures/learning_curve.png") as picture:
+        assert picture.size == (9, 9)
