@@ -8,7 +8,7 @@ default_boxes.py   the fixed boxes that predictions are relative to
 matcher.py         which default box predicts which object
 head.py            predictions from feature maps
 postprocess.py     candidates, and their suppression
-backbones.py       VGG and ResNet as SSD uses them; a new backbone goes here
+backbones.py       VGG and ResNet as SSD uses them, and a light one; a new backbone goes here
 ssdlite.py         SSDlite on MobileNetV3
 initialisation.py  how layers begin that have no weights
 family.py          every backbone at its input sizes, as a whole model
@@ -17,7 +17,7 @@ vgg_weights.py     what a VGG brings along: its convolutions, and its classifier
 files.py           files of tensors: written whole or not at all, sealed, read as plain data
 """
 
-from .backbones import SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
+from .backbones import SSDFeatureExtractorLight, SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
 from .boxes import BoxCoder, pairwise_iou
 from .default_boxes import CAFFE_DEFAULT_BOXES, DefaultBoxGenerator, guess_default_boxes
 from .family import get_model, list_models
@@ -39,6 +39,7 @@ __all__ = [
     "BoxCoder",
     "DefaultBoxGenerator",
     "NotFiniteError",
+    "SSDFeatureExtractorLight",
     "SSDFeatureExtractorResNet",
     "SSDFeatureExtractorVGG",
     "SSDHead",

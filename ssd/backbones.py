@@ -123,6 +123,40 @@ class SSDFeatureExtractorResNet(nn.Module):
         return [x, *outputs_of(self.extra, x)]
 
 
+class SSDFeatureExtractorLight(nn.Module):
+    """Two 3x3 convolutions for each map, which halve the one before: for trials, without weights of ImageNet.
+
+    Args:
+        trainable_layers: how many of the seven parts (stem, and one for each map) train, counted from the last; by
+            default all.
+        init: initialises all layers.
+
+    Raises:
+        ValueError: ``trainable_layers`` is not 0 to 7.
+    """
+
+    def __init__(self, trainable_layers: int | None = None, init: Init = xavier_init):
+        super().__init__()
+        self.out_channels = [64, 128, 256, 128, 128, 128]
+        stages = [nn.Sequential(*conv_norm(3, 16, stride=2), *conv_norm(16, 32, stride=2))]
+        for in_channels, out_channels in zip([32, *self.out_channels], self.out_channels, strict=False):
+            convs = *conv_norm(in_channels, out_channels, stride=2), *conv_norm(out_channels, out_channels)
+            stages.append(nn.Sequential(*convs))
+        self.features = nn.Sequential(*stages)
+        self.trainable_layers = freeze_first_blocks(self.features, list(range(len(stages))), trainable_layers)
+        init(self)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        stem, *stages = self.features
+        return outputs_of(stages, stem(images))
+
+
+def conv_norm(in_channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
+    """A 3x3 convolution, batch norm and ReLU."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+
+
 def outputs_of(blocks: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
     """What each of ``blocks`` makes of the output of the one before."""
     outputs = []
@@ -181,6 +215,14 @@ def make_resnet(
     return SSDFeatureExtractorResNet(resnet, highres=is_highres(size), **settings)
 
 
+def make_light(weights: Weights | None, size: int, **settings) -> SSDFeatureExtractorLight:
+    """For images of any ``size``."""
+    extractor = SSDFeatureExtractorLight(**settings)
+    if weights is not None:
+        load_matching(extractor, weights)
+    return extractor
+
+
 def is_highres(size: int) -> bool:
     if size not in (300, 512):
         raise ValueError(f"VGG and ResNet have layers for inputs of 300 and 512 pixels, not of {size}")
@@ -228,4 +270,5 @@ BACKBONES = {
     "resnet18": Backbone(partial(make_resnet, resnet18), "ResNet18_Weights.IMAGENET1K_V1"),
     "resnet34": Backbone(partial(make_resnet, resnet34), "ResNet34_Weights.IMAGENET1K_V1"),
     "resnet50": Backbone(partial(make_resnet, resnet50), "ResNet50_Weights.IMAGENET1K_V1"),
+    "light": Backbone(make_light, None),
 }

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18, resnet50, vgg
 
-from ssd import SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
+from ssd import SSDFeatureExtractorLight, SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
 from ssd.model import grid_sizes
 
 GRIDS = [(38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1)]
@@ -14,13 +14,19 @@ def make_vgg(**settings) -> SSDFeatureExtractorVGG:
 
 
 @pytest.mark.parametrize(
-    "make", [make_vgg, lambda: SSDFeatureExtractorResNet(resnet18()), lambda: SSDFeatureExtractorResNet(resnet50())]
+    ("make", "grids"),
+    [
+        (make_vgg, GRIDS),
+        (lambda: SSDFeatureExtractorResNet(resnet18()), GRIDS),
+        (lambda: SSDFeatureExtractorResNet(resnet50()), GRIDS),
+        (SSDFeatureExtractorLight, [*GRIDS[:-1], (2, 2)]),
+    ],
 )
-def test_contract(make):
+def test_contract(make, grids):
     backbone = make().eval()
     with torch.no_grad():
         maps = backbone(torch.rand(2, 3, 300, 300))
-    assert [tuple(feature_map.shape[-2:]) for feature_map in maps] == GRIDS
+    assert [tuple(feature_map.shape[-2:]) for feature_map in maps] == grids
     assert [feature_map.shape[1] for feature_map in maps] == backbone.out_channels
 
 
@@ -71,8 +77,17 @@ def test_freezing_of_resnet(trainable, expected):
     assert [next(part.parameters()).requires_grad for part in parts] == [False] * (5 - expected) + [True] * expected
 
 
-def test_resnet_trains_on_a_single_image():
-    assert len(SSDFeatureExtractorResNet(resnet18()).train()(torch.rand(1, 3, 300, 300))) == 6
+@pytest.mark.parametrize("make", [lambda: SSDFeatureExtractorResNet(resnet18()), SSDFeatureExtractorLight])
+def test_backbones_with_batch_norm_train_on_a_single_image(make):
+    assert len(make().train()(torch.rand(1, 3, 300, 300))) == 6
+
+
+@pytest.mark.parametrize("trainable", [7, 6, 1, 0])
+def test_freezing_of_the_light_one(trainable):
+    stages = SSDFeatureExtractorLight(trainable_layers=trainable).features
+    trains = [[parameter.requires_grad for parameter in stage.parameters()] for stage in stages]
+    assert [all(stage) for stage in trains] == [any(stage) for stage in trains]
+    assert [all(stage) for stage in trains] == [False] * (7 - trainable) + [True] * trainable
 
 
 @pytest.mark.parametrize("trainable", [-1, 6])
