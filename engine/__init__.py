@@ -8,6 +8,7 @@ loading.py         loader processes: how they start, what they survive, how they
 checkpoints.py     how checkpoints reach the disk, which of them is sound, which model one holds
 resuming.py        what a run may continue from, what it may change, whose folder it writes to
 inference.py       detecting on every image once, whatever the number of processes
+collapse.py        whether a model says the same of every image
 validation.py      evaluation within a run, beside the next epoch
 stopping.py        how a run ends early, on all processes alike, for the reasons of the next two
 interruption.py    signals and the clock

@@ -18,7 +18,7 @@ import ssd
 import utils
 from coco import CocoAnnotations, scoring, voc_scoring
 
-from . import loading
+from . import collapse, loading
 
 LOSSES = ("bbox_regression", "classification", "positives")
 
@@ -32,6 +32,7 @@ class Inference:
     losses: ndarray | None  # float64 [n, 3], the columns of ``LOSSES``, if asked for
     faults: list[str]  # of images that were skipped, which have no detections
     seconds: float = 0.0
+    dependence: list[float] | None = None  # of the predictions on the image, see ``collapse.image_dependence``
 
 
 @torch.inference_mode()
@@ -52,6 +53,7 @@ def detect(
     device = model.default_boxes.device
     start = time.perf_counter()
     image_ids, detections, losses, faults = [np.zeros(0, np.int64)], [np.zeros((0, 7))], [np.zeros((0, 3))], []
+    watched = torch.zeros((0, len(model.default_boxes), model.num_classes), device=device)  # logits of the first images
     for batch in loader:
         with autocast:
             outputs = predict(model, batch["image"].to(device, non_blocking=True), loader.batch_size)
@@ -62,6 +64,8 @@ def detect(
             raise FloatingPointError(
                 f"the model's predictions are not finite on images {broken}: its weights are broken"
             ) from None
+        if len(watched) < collapse.WATCHED_IMAGES:
+            watched = torch.cat((watched, outputs["cls_logits"].float()))[: collapse.WATCHED_IMAGES]
         if with_loss:
             sums = model.sum_losses(outputs, *coco_utils.split_objects(batch["objects"].to(device)))
             losses.append(torch.stack([sums[name] for name in LOSSES], dim=1).double().cpu().numpy())
@@ -73,7 +77,8 @@ def detect(
         after_batch()
     losses = np.concatenate(losses) if with_loss else None
     seconds = time.perf_counter() - start
-    return Inference(np.concatenate(image_ids), np.concatenate(detections), losses, faults, seconds)
+    dependence = collapse.image_dependence(watched, model.boxes_per_map)
+    return Inference(np.concatenate(image_ids), np.concatenate(detections), losses, faults, seconds, dependence)
 
 
 def predict(model: ssd.SSD, images: Tensor, batch_size: int) -> dict[str, Tensor]:
@@ -140,6 +145,7 @@ def merge(shares: list[Inference], expected_ids: ndarray) -> Inference:
         np.concatenate([share.losses for share in shares])[np.argsort(image_ids)] if with_loss else None,
         sorted(fault for share in shares for fault in share.faults),
         max(share.seconds for share in shares),
+        shares[0].dependence,
     )
 
 
@@ -160,7 +166,7 @@ def score(annotations: CocoAnnotations, found: Inference, scorer: str) -> scorin
 
 
 def describe(found: Inference, metrics: dict, seconds: float) -> str:
-    """For the console: what was skipped, how long it took, the loss if known, COCO's table."""
+    """For the console: what was skipped, how long it took, the loss if known, COCO's table, and what is amiss."""
     lines = [f"Skipped, and scored as an image without detections: {fault}" for fault in found.faults]
     num_images = len(found.image_ids)
     if found.seconds:
@@ -171,4 +177,5 @@ def describe(found: Inference, metrics: dict, seconds: float) -> str:
     lines.append(scoring.format_table(metrics))
     if "VOC" in metrics:
         lines.append(voc_scoring.format_lines(metrics["VOC"]))
+    lines += collapse.describe(found.dependence, metrics["per_class"])
     return "\n".join(lines)

@@ -68,7 +68,9 @@ class SSD(nn.Module):
         grids = grid_sizes(backbone, size)
         anchor_generator = anchor_generator or guess_default_boxes(grids)
         self.backbone = backbone
-        self.head = head(backbone.out_channels, anchor_generator.num_anchors_per_location(), num_classes)
+        per_cell = anchor_generator.num_anchors_per_location()
+        self.boxes_per_map = [rows * columns * n for (rows, columns), n in zip(grids, per_cell, strict=True)]
+        self.head = head(backbone.out_channels, per_cell, num_classes)
         self.matcher = SSDMatcher(iou_thresh)
         self.box_coder = BoxCoder()
         self.size = size
