@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from coco import CocoAnnotations, DataError, SharedFiles, is_object, load_image, load_or_skip, objects_of_image
+from coco import CocoAnnotations, DataError, SharedFiles, load_image, load_or_skip, objects_of_image, objects_per_image
 
 
 class CocoTrainDataset(Dataset):
@@ -48,9 +48,8 @@ class CocoTrainDataset(Dataset):
         self.seed = seed
         self.skip_bad_images = skip_bad_images
         self.files = files
-        objects_until = np.concatenate(([0], is_object(annotations).cumsum()))[annotations.offsets]
-        self.num_boxes = int(objects_until[-1])
-        boxes_per_image = np.diff(objects_until)
+        boxes_per_image = objects_per_image(annotations)
+        self.num_boxes = int(boxes_per_image.sum())
         self.max_boxes = int(boxes_per_image.max(initial=0))
         self.rows = np.flatnonzero(boxes_per_image)
         if len(self.rows) == 0:

@@ -172,10 +172,8 @@ def make_loader(
 
 
 def base_lr(args: argparse.Namespace) -> float:
-    """The learning rate after the warm-up: ``--lr``, with ``--scale-lr`` in proportion to the images of a step."""
-    if not args.scale_lr:
-        return args.lr
-    return args.lr * (args.batch_size * args.world_size * args.accumulate) / args.tuned_for_batch
+    """The learning rate after the warm-up: ``--lr``, with ``--scale-lr`` fitted to the images of a step."""
+    return args.lr * optimization.lr_scale(args.opt, presets.batch_ratio(args))
 
 
 def make_optimizer(args: argparse.Namespace, model: ssd.SSD) -> torch.optim.Optimizer:
@@ -191,7 +189,7 @@ def make_optimizer(args: argparse.Namespace, model: ssd.SSD) -> torch.optim.Opti
 
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate of a step, as a fraction of ``base_lr``."""
+    """The learning rate of a step, as a fraction of ``base_lr``; ``--scale-lr`` leaves the warm-up its images."""
     return optimization.lr_schedule(
         steps_per_epoch,
         args.lr_scheduler,
@@ -199,7 +197,7 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[i
         milestones=args.lr_steps,
         gamma=args.lr_gamma,
         warmup_epochs=args.lr_warmup_epochs,
-        warmup_steps=args.lr_warmup_steps,
+        warmup_steps=args.lr_warmup_steps and math.ceil(args.lr_warmup_steps / presets.batch_ratio(args)),
     )
 
 
@@ -225,6 +223,7 @@ def main(args: argparse.Namespace) -> None:
 
         splits = evaluate.find_splits(args, "train", "val")
         annotations, val_annotations = coco.open_splits(splits, output_dir / "annotations")
+        presets.fit_epochs(args, (coco.objects_per_image(annotations) > 0).sum())
         found = checkpoints.find_checkpoint(args.resume, output_dir)
         if found is not None:
             vars(args).update(resuming.agree(vars(args), found))

@@ -230,7 +230,7 @@ def add_optimization_flags(group: argparse._ArgumentGroup) -> None:
         "--scale-lr",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="take --lr for the recipe's global batch, and scale it to this one",
+        help="take --lr and --lr-warmup-steps for the recipe's global batch, and fit them to this one",
     )
     add("--lr-scheduler", choices=["multisteplr", "cosineannealinglr"], help="after the warm-up (default: %(default)s)")
     add("--lr-steps", type=int, nargs="+", metavar="EPOCH", help="epochs that lower the rate (default: %(default)s)")

@@ -41,6 +41,14 @@ def make_optimizer(
     return torch.optim.SGD(groups, lr, momentum, nesterov=name == "sgd_nesterov", fused=fused)
 
 
+def lr_scale(name: str, batch_ratio: float) -> float:
+    """What a learning rate is multiplied by, when the global batch is ``batch_ratio`` times that which it is for.
+
+    That ratio for SGD (Goyal et al., 2017, section 2.1), its square root for AdamW (Malladi et al., 2022, section 5).
+    """
+    return math.sqrt(batch_ratio) if name == "adamw" else batch_ratio
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float | None) -> list[dict]:
     """What trains, and its weight decay; normalisation layers are a group of their own if theirs is another."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -24,6 +24,11 @@ def describe_run(
     yield from describe_data(dataset, val)
     yield from describe_model(model, flags["model"], flags["weights"])
     has_fc = isinstance(model.backbone, ssd.SSDFeatureExtractorVGG)
+    if len(dataset) < (flags["tuned_for_images"] or 0):
+        yield (
+            f"Epochs: {flags['epochs']}, in which {len(dataset)} images are seen as often in all as the "
+            f"{flags['tuned_for_images']} that the recipe {flags['recipe']} is tuned for"
+        )
     yield from describe_flags(flags, base_lr, has_norm=bool(norm_layers(model)), has_fc=has_fc)
 
 
@@ -62,7 +67,8 @@ def describe_flags(flags: dict, base_lr: float, has_norm: bool, has_fc: bool) ->
     processes, batch_size, accumulate = (flags[name] for name in ("world_size", "batch_size", "accumulate"))
     batch, recipe_batch = processes * batch_size * accumulate, flags["tuned_for_batch"]
     parts = f"{processes} x {batch_size} images" + (f" x {accumulate}" if accumulate > 1 else "")
-    scaled = f" = {flags['lr']:g} x {batch} / {recipe_batch} (--scale-lr)" if flags["scale_lr"] else ""
+    ratio = f"sqrt({batch} / {recipe_batch})" if flags["opt"] == "adamw" else f"{batch} / {recipe_batch}"
+    scaled = f" = {flags['lr']:g} x {ratio} (--scale-lr)" if flags["scale_lr"] else ""
     yield (
         f"Learning rate {base_lr:g}{scaled} for a global batch of {batch} ({parts}); "
         f"the recipe {flags['recipe']} is tuned for {recipe_batch}"

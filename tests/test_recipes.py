@@ -27,6 +27,8 @@ def built():
 
     def random_weights(self, **_) -> dict:
         loaded.append(str(self))
+        if "SSD" in str(self):
+            return ssd.get_model("ssd300_vgg16", weights_backbone=None).state_dict()
         layers = nn.Sequential(*ssd.backbones.vgg.make_layers(ssd.backbones.vgg.cfgs["D"]))
         return {f"features.{name}": value for name, value in layers.state_dict().items()} | classifier
 
@@ -108,6 +110,7 @@ def multi_step(epochs: int, lr: float, milestones: list[int]) -> list[float]:
         ("lr_scheme", "caffe", {"augmentation", "rates", "frozen", "fc7 from the classifier"}),
         ("caffe", "voc", {"rates", "side of the smallest box"}),
         ("lr_scheme", "large_batch", {"images per step", "rates"}),
+        ("small", "finetune", {"weights", "rates", "init"}),
     ],
 )
 def test_neighbours_differ_in_what_the_step_names_alone(built, before, after, expected):
@@ -214,6 +217,72 @@ def test_constants_of_the_transforms(built):
     }
 
 
+def test_the_published_recipes_are_what_they_were_to_the_last_digit(built):
+    """Each number that trains, as written in the study: no recipe for other ends may move one of them."""
+    common = {"opt": "sgd", "momentum": 0.9, "lr_gamma": 0.1, "lr_scheduler": "multisteplr", "model": "ssd300_vgg16"}
+    old = {"weights_backbone": "VGG16_Weights.IMAGENET1K_V1", "input_scaling": "imagenet", "weight_init": "pytorch"}
+    new = dict.fromkeys(old, "default")
+    paper = {"batch_size": 4, "epochs": 65, "lr": 0.001, "weight_decay": 5e-4, "lr_steps": [44, 55]}
+    expected = {
+        "baseline": old | {"batch_size": 2, "epochs": 26, "lr": 0.02, "weight_decay": 1e-4, "lr_steps": [16, 22]},
+        "paper_hyperparams": old | paper | {"data_augmentation": "hflip"},
+        "data_augmentation": old | paper | {"data_augmentation": "ssd"},
+        "weight_init_and_input_scaling": new | paper | {"data_augmentation": "ssd"},
+        "lr_scheme": new | paper | {"epochs": 120, "lr": 0.002, "lr_steps": [80, 110], "data_augmentation": "ssd"},
+    }
+    assert list(expected) == STUDY
+    for name, values in expected.items():
+        args = train.parse_args(["--recipe", name])
+        assert vars(args).items() >= (common | values).items()
+        assert (args.scale_lr, args.lr_warmup_steps, args.lr_warmup_epochs) == (False, None, None)
+        args.world_size = 8
+        for num_images in (5, 117_266):
+            presets.fit_epochs(args, num_images)
+            assert (args.epochs, args.lr_steps) == (values["epochs"], values["lr_steps"])
+        factor = train.make_schedule(args, 3664)
+        rates = [train.base_lr(args) * factor(step) for step in (0, 500, 1000, 3664 * values["lr_steps"][0])]
+        lr = values["lr"]
+        assert rates == [lr * 0.001, lr * (0.001 + (1 - 0.001) * 500 / 1000), lr, lr * 0.1]
+
+
+@pytest.mark.parametrize(("batch", "factor"), [(8, 1.0), (2, 0.5), (32, 2.0), (64, 8**0.5)])
+def test_recipes_for_few_images_fit_rate_and_warm_up_to_the_batch(batch, factor):
+    """By the root of its size, for AdamW; the warm-up has as many images."""
+    for recipe in ("small", "finetune"):
+        args = train.parse_args(["--recipe", recipe, "--batch-size", str(batch)])
+        args.world_size = 1
+        assert train.base_lr(args) == pytest.approx(1e-4 * factor)
+        schedule = train.make_schedule(args, steps_per_epoch=200)
+        warmup_steps = math.ceil(100 * 8 / batch)
+        assert schedule(warmup_steps - 1) < 1.0 == schedule(warmup_steps)
+    args = train.parse_args(["--recipe", "small", "--opt", "sgd", "--batch-size", str(batch)])
+    args.world_size = 2
+    assert train.base_lr(args) == pytest.approx(1e-4 * 2 * batch / 8)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_images", "epochs", "lr_steps"),
+    [
+        ("small", 160, 20, [14, 18]),
+        ("small", 5000, 20, [14, 18]),
+        ("small", 100, 32, [22, 29]),
+        ("small", 10, 320, [224, 288]),
+        ("small", 0, 3200, [2240, 2880]),
+        ("finetune", 160, 10, [7, 9]),
+        ("finetune", 47, 35, [24, 31]),
+    ],
+)
+def test_the_fewer_images_the_more_often_they_are_seen(recipe, num_images, epochs, lr_steps):
+    args = train.parse_args(["--recipe", recipe])
+    presets.fit_epochs(args, num_images)
+    assert (args.epochs, args.lr_steps) == (epochs, lr_steps)
+    for given in (["--epochs", "7"], ["--lr-steps", "5", "6"], ["--epochs", "7", "--lr-steps", "5"]):
+        args = train.parse_args(["--recipe", recipe, *given])
+        before = args.epochs, args.lr_steps
+        presets.fit_epochs(args, num_images)
+        assert (args.epochs, args.lr_steps) == before
+
+
 def test_small_begins_with_small_predictions(built):
     assert built["small"]["init"] == ["xavier", "small", "small"]
     assert differences(built["small"], built["lr_scheme"]) == {
@@ -226,8 +295,8 @@ def test_small_begins_with_small_predictions(built):
 
 def test_the_demo_is_tuned_for_its_own_batch():
     args = train.parse_args(["--recipe", "demo"])
-    assert (args.batch_size, args.tuned_for_batch, args.epochs, args.lr_steps) == (4, 4, 5, [4])
-    assert (args.dataset, args.model, args.opt, args.lr) == ("shapes", "ssd300_resnet18", "adamw", 0.001)
+    assert (args.batch_size, args.tuned_for_batch, args.epochs, args.lr_steps) == (4, 4, 8, [6])
+    assert (args.dataset, args.model, args.opt, args.lr) == ("shapes", "ssd300_light", "adamw", 0.001)
 
 
 def test_the_list_has_every_recipe_with_its_published_map(capsys):
@@ -253,6 +322,7 @@ def test_the_list_has_every_recipe_with_its_published_map(capsys):
         ("caffe", "lr_scheme"),
         ("voc", "caffe"),
         ("small", "lr_scheme"),
+        ("finetune", "small"),
         ("large_batch", "lr_scheme"),
         ("baseline", "lr_scheme"),
         ("ssdlite", "lr_scheme"),
@@ -265,7 +335,7 @@ def test_flags_shown_by_the_list_make_a_recipe_of_its_neighbour(capsys, name, ba
         train.parse_args(["--recipe", "list"])
     shown = re.search(rf"^{name} .*\n((?: {{37}}.*\n)+)", capsys.readouterr().out, re.MULTILINE)[1].split()
     typed, named = (vars(train.parse_args(flags)) for flags in (["--recipe", based_on, *shown], ["--recipe", name]))
-    assert {key for key in typed if typed[key] != named[key]} <= {"recipe", "tuned_for_batch"}
+    assert {key for key in typed if typed[key] != named[key]} <= {"recipe", *presets.TUNED_FOR}
 
 
 def test_what_a_recipe_turns_on_can_be_turned_off():

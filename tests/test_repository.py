@@ -183,7 +183,7 @@ def test_the_readme_leads_to_every_page():
 
 def test_pictures_are_small():
     pictures = list((ROOT / "docs").glob("*.png"))
-    assert len(pictures) == 2
+    assert len(pictures) == 4
     assert all(picture.stat().st_size < 100_000 for picture in pictures)
 
 
@@ -212,16 +212,18 @@ def test_docs_have_the_recipes_and_their_published_map():
 
 
 def test_recipes_set_flags_that_exist():
-    known = {action.dest for action in PARSERS["train.py"]._actions} | {"tuned_for_batch"}
+    known = {action.dest for action in PARSERS["train.py"]._actions} | {*presets.TUNED_FOR}
     for name, recipe in presets.RECIPES.items():
         assert recipe.values.keys() <= known
         args = train.parse_args(["--recipe", name])
-        assert all(getattr(args, flag) == value for flag, value in recipe.values.items() if flag != "tuned_for_batch")
+        assert all(
+            getattr(args, flag) == value for flag, value in recipe.values.items() if flag not in presets.TUNED_FOR
+        )
 
 
 def test_flags_override_the_recipe():
     args = train.parse_args(["--recipe", "demo", "--epochs", "2", "--lr", "0.5"])
-    assert (args.epochs, args.lr, args.model) == (2, 0.5, "ssd300_resnet18")
+    assert (args.epochs, args.lr, args.model) == (2, 0.5, "ssd300_light")
 
 
 def test_defaults_are_the_published_recipe():
