@@ -1,8 +1,9 @@
-"""torchvision's SSD300-VGG16 in the loop of its references/detection, in our words, with the flags of train.py.
+"""torchvision's SSD300 in the loop of its references/detection, in our words, with the flags of train.py.
 
     python -m benchmarks.torchvision_training --data-path DIR --weights-backbone FILE --output-dir DIR [flags]
 
-DIR is in COCO's layout, FILE has VGG16's weights or is 'none'. Images and boxes are read as their first version does,
+DIR is in COCO's layout, FILE has VGG16's weights or is 'none'; --model ssd300_resnet18 hands our ResNet-18 to its SSD,
+without weights. Images and boxes are read as their first version does,
 and augmented by their second, transforms v2. Left out is what costs them time and changes nothing here: masks, groups
 of aspect ratio, and the models of all epochs. A recipe's values count as far as the references have such a flag; flags
 that would make another training of it are refused. --amp is fp16, as there. Writes metrics.jsonl with train.py's keys,
@@ -24,19 +25,24 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from torchvision.models import vgg16
 from torchvision.models.detection import ssd300_vgg16
-from torchvision.models.detection.ssd import _vgg_extractor
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD, _vgg_extractor
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 import evaluate
+import presets
+import ssd
 import train
 from benchmarks.evaluation import ReferenceDataset, collate_to_tuples, run_reference
 from coco import scoring
+from ssd.default_boxes import guess_default_boxes
+from ssd.model import grid_sizes
 
 MEAN = [123.0, 117.0, 104.0]
 # what of train.py's flags has one value here
 FIXED = {
-    "model": ("ssd300_vgg16",),
+    "model": ("ssd300_resnet18", "ssd300_vgg16"),
     "weights": (None, "none"),
     "data_augmentation": ("ssd",),
     "trainable_backbone_layers": (None, 4),
@@ -77,8 +83,25 @@ class TrainingSet(ReferenceDataset):
         return self.augment(image, {"boxes": v2.functional.clamp_bounding_boxes(boxes), "labels": labels})
 
 
-def make_model(weights_backbone: str, num_classes: int) -> nn.Module:
-    """With the first stage frozen where the backbone has weights, as torchvision does it."""
+class ResNetOfOurs(nn.Module):
+    """Our extractor as torchvision's SSD wants a backbone, and its default boxes."""
+
+    def __init__(self):
+        super().__init__()
+        model = ssd.get_model("ssd300_resnet18", weights_backbone=None)
+        self.backbone, self.size = model.backbone, (model.size, model.size)
+        guessed = guess_default_boxes(grid_sizes(self.backbone, model.size))
+        self.default_boxes = DefaultBoxGenerator(guessed.aspect_ratios, scales=guessed.scales)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {str(number): features for number, features in enumerate(self.backbone(images))}
+
+
+def make_model(name: str, weights_backbone: str, num_classes: int) -> nn.Module:
+    """With the first stage of VGG16 frozen where it has weights, as torchvision does it."""
+    if name == "ssd300_resnet18":
+        backbone = ResNetOfOurs()
+        return SSD(backbone, backbone.default_boxes, backbone.size, num_classes)
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_classes)
     if weights_backbone != "none":
         backbone, prefix = vgg16(), "features."
@@ -91,10 +114,10 @@ def make_model(weights_backbone: str, num_classes: int) -> nn.Module:
 
 def make_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = {"lr": train.base_lr(args), "weight_decay": args.weight_decay}
     if args.opt == "adamw":
-        return torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay)
-    nesterov = args.opt == "sgd_nesterov"
-    return torch.optim.SGD(parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=nesterov)
+        return torch.optim.AdamW(parameters, **settings)
+    return torch.optim.SGD(parameters, momentum=args.momentum, nesterov=args.opt == "sgd_nesterov", **settings)
 
 
 def make_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -156,12 +179,13 @@ def refuse_other_trainings(args: Namespace) -> None:
     for name, values in FIXED.items():
         if getattr(args, name) not in values:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: torchvision's side has {values[-1]} alone")
-    if args.weights_backbone == "default":
-        sys.exit("--weights-backbone: must be a file, or 'none'")
+    if args.weights_backbone == "default" or (args.model == "ssd300_resnet18" and args.weights_backbone != "none"):
+        sys.exit("--weights-backbone: must be 'none', or a file of VGG16's weights")
 
 
 def main() -> None:
     args = train.parse_args()
+    args.world_size = 1
     refuse_other_trainings(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(args.seed)
@@ -171,7 +195,9 @@ def main() -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         training_set = TrainingSet(splits["train"].images_dir, splits["train"].source.path)
         val_set = ReferenceDataset(splits["val"].images_dir, splits["val"].source.path)
-    model = make_model(args.weights_backbone, num_classes=1 + max(training_set.coco.cats)).to(device)
+    presets.fit_epochs(args, len(training_set))
+    num_classes = 1 + max(training_set.coco.cats)
+    model = make_model(args.model, args.weights_backbone, num_classes).to(device)
     optimizer = make_optimizer(args, model)
     schedule = make_schedule(args, optimizer)
     scaler = make_scaler(device, amp=args.amp is not None)

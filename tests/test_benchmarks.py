@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -183,7 +184,9 @@ def test_the_references_training_writes_what_ours_does(run, data_path, tmp_path)
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--model", "ssd300_resnet18"],
+        ["--model", "ssd512_vgg16"],
+        ["--model", "ssd300_resnet18", "--weights-backbone", "resnet18.pth"],
+        ["--recipe", "finetune"],
         ["--data-augmentation", "hflip"],
         ["--accumulate", "2"],
         ["--max-steps", "5"],
@@ -228,14 +231,82 @@ def test_the_references_train_on_images_with_a_box_of_some_size_be_it_a_crowd(tm
     assert target["labels"].unique().tolist() == [7]
 
 
+def test_a_collapse_is_looked_at_in_miniature(run, data_path, tmp_path):
+    command = ["-m", "benchmarks.collapse", "--data-path", data_path, "--weights-backbone", "none", "--steps", 2]
+    command += ["--every", 1, "--picture", tmp_path / "c.png", "--output-dir", tmp_path, "--input-scaling", "caffe"]
+    variants = ["activations x 0.1", "fc6 and fc7 fixed"]
+    report = json.loads(run(*command, "--only", *variants).stdout.splitlines()[-1])
+    assert list(report["variants"]) == variants
+    shrunk, fixed = report["variants"].values()
+    assert [one["step"] for one in shrunk] == [0, 1, 2]
+    place = report["measures"].index("deviation over an image")
+    before = [one[0]["layers"]["conv5_3"][place] for one in (shrunk, fixed)]
+    assert before[0] == pytest.approx(0.1 * before[1], rel=1e-3)
+    place = report["measures"].index("norm of the weights")
+    weights = [[one["layers"][layer][place] for one in fixed] for layer in ("fc7", "conv5_3")]
+    assert weights[0][0] == weights[0][2]
+    assert weights[1][0] != weights[1][2]
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.width > 1000
+
+
+def test_torchvisions_ssd_takes_our_resnet():
+    """The weights of our model fit, and both then predict the same of the same default boxes."""
+    ours = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=7).eval()
+    theirs = torchvision_training.make_model("ssd300_resnet18", "none", num_classes=7).eval()
+    state_dict = {name.replace("backbone.", "backbone.backbone.", 1): one for name, one in ours.state_dict().items()}
+    theirs.load_state_dict(state_dict)
+    images = torch.rand(2, 3, 300, 300)
+    with torch.no_grad():
+        found = ours.postprocess_detections(ours(255 * images), torch.tensor([[300, 300]] * 2))
+        for one, other in zip(found, theirs(list(images)), strict=True):
+            assert len(one["scores"]) > 100
+            torch.testing.assert_close(one["scores"][:100], other["scores"][:100], rtol=1e-3, atol=1e-4)
+
+
+def test_learning_curves_of_both_sides_are_drawn_with_any_number_of_seeds(tmp_path):
+    one = {"losses": [(1, 9.0), (2, 5.0)], "curve": [(2, 0.1, 0.2)]}
+    for results in ({"ours": [one], "torchvision": []}, {"ours": [one, one], "torchvision": [one]}):
+        picture = side_by_side.draw(results)
+        assert picture.shape[0] == 3
+        assert picture.float().std() > 1
+
+
+def test_a_side_is_summed_up_from_its_log(tmp_path, monkeypatch):
+    records = [
+        {"kind": "train", "step": 2, "epoch": 0, "loss": 9.0},
+        {"kind": "train", "step": 4, "epoch": 0, "loss": 7.0},
+        {"kind": "val", "step": 4, "epoch": 0, "AP": 0.1, "AP50": 0.3},
+        {"kind": "train", "step": 8, "epoch": 1, "loss": 5.0},
+        {"kind": "val", "step": 8, "epoch": 1, "AP": 0.2, "AP50": 0.4},
+    ]
+
+    def write(command, **_) -> subprocess.CompletedProcess:
+        folder = Path(command[command.index("--output-dir") + 1])
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", write)
+    found = side_by_side.run("ours", 1, tmp_path, ["--batch-size", "3"])
+    assert (found["AP"], found["AP50"]) == (0.2, 0.4)
+    assert (found["losses"], found["curve"]) == ([(1, 8.0), (2, 5.0)], [(1, 0.1, 0.3), (2, 0.2, 0.4)])
+    assert found["images/s"] * found["seconds"] == pytest.approx(8 * 3)
+
+
+def test_the_quick_comparison_is_one_that_both_sides_can_make():
+    args = train.parse_args(side_by_side.QUICK)
+    torchvision_training.refuse_other_trainings(args)
+    assert (args.dataset, args.model, args.data_augmentation) == ("shapes", "ssd300_resnet18", "ssd")
+
+
 def test_sides_are_compared_by_the_means_of_their_seeds():
-    ours = side_by_side.summary([{"AP": ap, "AP50": 2 * ap, "seconds": 10} for ap in (0.2, 0.3, 0.4)])
-    theirs = side_by_side.summary([{"AP": ap, "AP50": 2 * ap, "seconds": 25} for ap in (0.1, 0.2, 0.3)])
+    ours = side_by_side.summary([{"AP": ap, "AP50": 2 * ap, "seconds": 10, "images/s": 2} for ap in (0.2, 0.3, 0.4)])
+    theirs = side_by_side.summary([{"AP": ap, "AP50": 2 * ap, "seconds": 25, "images/s": 1} for ap in (0.1, 0.2, 0.3)])
     error = 0.1 / 3**0.5
     assert ours["AP50"] == pytest.approx(0.6)
     assert ours["standard error of AP"] == pytest.approx(error)
     assert side_by_side.compare(ours, theirs) == pytest.approx(
         {"difference of AP": 0.1, "times as long": 2.5, "standard error of the difference": error * 2**0.5}
     )
-    alone = side_by_side.summary([{"AP": 0.2, "AP50": 0.3, "seconds": 1}])
+    alone = side_by_side.summary([{"AP": 0.2, "AP50": 0.3, "seconds": 1, "images/s": 9}])
     assert "standard error of the difference" not in side_by_side.compare(alone, theirs)
