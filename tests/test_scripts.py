@@ -53,8 +53,8 @@ def test_training_writes_what_the_docs_promise(trained):
     assert {"checkpoint.pth", "best.pth", "metrics.jsonl", "args.json", "pictures"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     drawn = {path.name for path in (output / "pictures").iterdir()}
-    assert len(drawn) == 7 + 2
-    assert {"precision_recall.png", "confusion_matrix.png", "0000_000001.png"} <= drawn
+    assert len(drawn) == 7 + 3
+    assert {"learning_curve.png", "precision_recall.png", "confusion_matrix.png", "0000_000001.png"} <= drawn
     assert "Training on" in console
     assert "Classes (6): circle, square, triangle, star, ring, cross" in console
     assert "Learning rate 0.002 for a global batch of 3 (1 x 3 images); the recipe lr_scheme is tuned for 32" in console
@@ -330,6 +330,11 @@ def five_steps(data_path, tmp_path_factory):
 
 def test_weights_do_not_depend_on_the_number_of_workers(data_path, five_steps, tmp_path):
     assert_equal_training(train_steps(data_path, tmp_path, "--max-steps", 5, "--workers", 2), five_steps)
+
+
+def test_the_learning_curve_is_there_without_evaluation_and_where_a_run_ends_within_an_epoch(data_path, tmp_path):
+    train_steps(data_path, tmp_path, "--max-steps", 1, "--workers", 0)
+    assert (tmp_path / "pictures/learning_curve.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("stop", [1, STEPS_PER_EPOCH])
