@@ -1,5 +1,6 @@
 """Data sets and the order of an epoch: what a DataLoader is made of."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from coco import CocoAnnotations, DataError, SharedFiles, load_image, load_or_skip, objects_of_image, objects_per_image
+from coco import CocoAnnotations, DataError, SharedFiles, is_object, load_image, load_or_skip, objects_of_image
 
 
 class CocoTrainDataset(Dataset):
@@ -48,8 +49,9 @@ class CocoTrainDataset(Dataset):
         self.seed = seed
         self.skip_bad_images = skip_bad_images
         self.files = files
-        boxes_per_image = objects_per_image(annotations)
-        self.num_boxes = int(boxes_per_image.sum())
+        objects_until = np.concatenate(([0], is_object(annotations).cumsum()))[annotations.offsets]
+        self.num_boxes = int(objects_until[-1])
+        boxes_per_image = np.diff(objects_until)
         self.max_boxes = int(boxes_per_image.max(initial=0))
         self.rows = np.flatnonzero(boxes_per_image)
         if len(self.rows) == 0:
@@ -116,12 +118,21 @@ class EpochBatchSampler(Sampler):
     size: it is ``world_size`` times ``accumulate`` batches, of which each rank has ``accumulate`` in a row. ``select``
     says which epoch comes next, and which of its steps.
 
+    An epoch passes over all images once, or until it has ``min_samples``; each pass has an order and keys of its own.
+
     Raises:
-        DataError: the data set is smaller than one global batch.
+        DataError: an epoch is smaller than one global batch.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        min_samples: int = 0,
     ):
         self.num_images = num_images
         self.batch_size = batch_size
@@ -130,10 +141,12 @@ class EpochBatchSampler(Sampler):
         self.world_size = world_size
         self.accumulate = accumulate
         self.images_per_step = batch_size * world_size * accumulate  # of all ranks together
-        self.steps_per_epoch = num_images // self.images_per_step
+        num_samples = max(num_images, min_samples)
+        self.passes = math.ceil(num_samples / num_images)
+        self.steps_per_epoch = num_samples // self.images_per_step
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"{num_images} training images do not fill {accumulate} batch(es) of {batch_size} on {world_size} "
+                f"{num_samples} training images do not fill {accumulate} batch(es) of {batch_size} on {world_size} "
                 "process(es): lower --batch-size or --accumulate"
             )
         self.select(epoch=0)
@@ -148,11 +161,14 @@ class EpochBatchSampler(Sampler):
         return (self.last_step - self.first_step) * self.accumulate
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
+        rng = np.random.default_rng((self.seed, self.epoch))
+        first_pass = self.epoch * self.passes
+        order = np.concatenate([rng.permutation(self.num_images) for _ in range(self.passes)])
         for step in range(self.first_step, self.last_step):
             for part in range(self.accumulate):
                 start = ((step * self.world_size + self.rank) * self.accumulate + part) * self.batch_size
-                yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+                places = range(start, start + self.batch_size)
+                yield [(first_pass + place // self.num_images, int(order[place])) for place in places]
 
 
 def collate(samples: list[dict], num_slots: int = 0) -> dict:

@@ -5,7 +5,6 @@ the model. All randomness is drawn in the first stage.
 """
 
 import argparse
-import math
 import textwrap
 from dataclasses import dataclass, field
 
@@ -105,17 +104,13 @@ class DetectionPresetEval:
         return {"image": pixels, "boxes": torch.from_numpy(T.project_boxes(boxes, view, self.size))}
 
 
-# what a recipe is for: its rates for this global batch, its epochs for so many training images or more, if any
-TUNED_FOR = ("tuned_for_batch", "tuned_for_images")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """Named defaults for the flags of train.py.
 
     Args:
         description: what it is, in a line.
-        values: by the flags' names in Python, and ``TUNED_FOR``.
+        values: by the flags' names in Python, and ``tuned_for_batch``, the global batch that its learning rate is for.
         published_ap: the published mAP in percent: torchvision's on COCO val2017, but of ``voc`` the paper's on VOC2007
             test, which is an AP50.
         changes: of ``values``, those in which it differs from the recipe that it is based on, if it is.
@@ -143,7 +138,6 @@ BASELINE = Recipe(
         "data_augmentation": "hflip",
         "batch_size": 2,
         "tuned_for_batch": 16,
-        "tuned_for_images": None,
         "epochs": 26,
         "opt": "sgd",
         "lr": 0.02,
@@ -194,12 +188,12 @@ CAFFE = LR_SCHEME.but(
 )
 
 SMALL = LR_SCHEME.but(
-    "for some hundred images of your own, from an ImageNet backbone, on one GPU or a CPU",
+    "for tens to thousands of images of your own, from an ImageNet backbone, on one GPU or a CPU",
     weight_init="small_head",
     batch_size=8,
     tuned_for_batch=8,
-    tuned_for_images=160,
     epochs=20,
+    epoch_samples=160,
     opt="adamw",
     lr=1e-4,
     scale_lr=True,
@@ -282,7 +276,7 @@ RECIPES = {
 def parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """Flags over the values of ``--recipe`` over the values of the default recipe."""
     parser.set_defaults(**RECIPES[DEFAULT_RECIPE].values)
-    given = parser.parse_known_args(arguments, argparse.Namespace(epochs=None, lr_steps=None))[0]
+    given = parser.parse_known_args(arguments)[0]
     recipe = given.recipe
     if recipe == "list":
         print(list_recipes())
@@ -290,8 +284,8 @@ def parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str] | No
     values = RECIPES[recipe].values
     if given.lr_warmup_epochs is not None or given.lr_warmup_steps is not None:  # either excludes the recipe's
         values = {name: value for name, value in values.items() if not name.startswith("lr_warmup_")}
-    if given.epochs is not None or given.lr_steps is not None:  # they count, however many images there are
-        values = values | {"tuned_for_images": None}
+    if given.test_only:  # what is evaluated, the user names
+        values = {name: value for name, value in values.items() if name != "weights"}
     parser.set_defaults(**values)
     return parser.parse_args(arguments)
 
@@ -299,12 +293,6 @@ def parse_with_recipe(parser: argparse.ArgumentParser, arguments: list[str] | No
 def batch_ratio(args: argparse.Namespace) -> float:
     """With ``--scale-lr`` the images of a step, as a multiple of those that the recipe is tuned for."""
     return args.batch_size * args.world_size * args.accumulate / args.tuned_for_batch if args.scale_lr else 1.0
-
-
-def fit_epochs(args: argparse.Namespace, num_images: int) -> None:
-    """Stretches the epochs in ``args`` where a recipe is tuned for more images, so that as many are seen in all."""
-    stretch = max(1, (args.tuned_for_images or 0) / max(num_images, 1))
-    args.epochs, args.lr_steps = math.ceil(args.epochs * stretch), [round(step * stretch) for step in args.lr_steps]
 
 
 def list_recipes() -> str:
@@ -318,7 +306,7 @@ def list_recipes() -> str:
         published = "" if recipe.published_ap is None else f"{recipe.published_ap:.1f}"
         lines += ["", f"{name:<30} {published:>4}  {recipe.description}"]
         flags = (recipe.changes or recipe.values).items()
-        text = " ".join(as_flag(flag, value) for flag, value in flags if flag not in TUNED_FOR)
+        text = " ".join(as_flag(flag, value) for flag, value in flags if flag != "tuned_for_batch")
         indent = " " * 37
         lines += textwrap.wrap(text, 120, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     lines += ["", "mAP as published: by torchvision, on COCO val2017; of voc by the paper, on VOC2007 test (AP50)."]

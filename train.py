@@ -223,7 +223,6 @@ def main(args: argparse.Namespace) -> None:
 
         splits = evaluate.find_splits(args, "train", "val")
         annotations, val_annotations = coco.open_splits(splits, output_dir / "annotations")
-        presets.fit_epochs(args, (coco.objects_per_image(annotations) > 0).sum())
         found = checkpoints.find_checkpoint(args.resume, output_dir)
         if found is not None:
             vars(args).update(resuming.agree(vars(args), found))
@@ -232,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
         preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=model.size)
         dataset = make_dataset(args, annotations, splits["train"].images_dir, preset)
         sampler = EpochBatchSampler(
-            len(dataset), args.batch_size, args.seed, utils.rank(), utils.world_size(), args.accumulate
+            len(dataset), args.batch_size, args.seed, utils.rank(), args.world_size, args.accumulate, args.epoch_samples
         )
         loader = make_loader(args, dataset, sampler, device)
         optimizer = make_optimizer(args, model)
@@ -279,12 +278,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
-    args = presets.parse_with_recipe(parser, arguments)
+    args = presets.parse_with_recipe(get_args_parser(), arguments)
     if args.freeze_backbone:
         args.trainable_backbone_layers = 0
-    if args.lr_warmup_epochs and args.lr_warmup_epochs >= args.epochs:
-        parser.error(f"--lr-warmup-epochs {args.lr_warmup_epochs} must be less than --epochs, {args.epochs}")
     return args
 
 

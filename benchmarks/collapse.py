@@ -160,7 +160,7 @@ def draw(found: dict[str, list[dict]]) -> Tensor:
     ]
     rows.append(("fc7 of all variants", {name: (name, "fc7") for name in found}))
     figure = charts.new_figure(17, 3.6 * len(rows))
-    grid = figure.subplots(len(rows), len(MEASURES), sharex=True, squeeze=False)
+    grid = figure.subplots(len(rows), len(MEASURES), sharex=True, squeeze=False, gridspec_kw={"wspace": 0.28})
     for (title, lines), row in zip(rows, grid, strict=True):
         for place, (axes, measure) in enumerate(zip(row, MEASURES, strict=True)):
             for number, (label, (name, layer)) in enumerate(lines.items()):

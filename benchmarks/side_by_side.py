@@ -57,10 +57,11 @@ def run(side: str, seed: int, output_dir: Path, train_flags: list[str]) -> dict:
     curve = [(one["epoch"] + 1, one["AP"], one["AP50"]) for one in records if one["kind"] == "val"]
     if not curve:
         sys.exit(f"{side}, seed {seed}: has evaluated nothing; leave out --eval-freq 0")
-    losses = {}
+    losses, step = {}, 0
     for one in records:
         if one["kind"] == "train":
-            losses.setdefault(one["epoch"] + 1, []).append(one["loss"])
+            losses.setdefault(one["epoch"] + 1, []).extend([one["loss"]] * (one["step"] - step))
+            step = one["step"]
     last_step = max(one["step"] for one in records if one["kind"] == "val")
     return {
         "AP": curve[-1][1],

@@ -31,7 +31,6 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 import evaluate
-import presets
 import ssd
 import train
 from benchmarks.evaluation import ReferenceDataset, collate_to_tuples, run_reference
@@ -40,7 +39,7 @@ from ssd.default_boxes import guess_default_boxes
 from ssd.model import grid_sizes
 
 MEAN = [123.0, 117.0, 104.0]
-# what of train.py's flags has one value here
+# what of train.py's flags has few values here
 FIXED = {
     "model": ("ssd300_resnet18", "ssd300_vgg16"),
     "weights": (None, "none"),
@@ -178,7 +177,8 @@ def refuse_other_trainings(args: Namespace) -> None:
     """
     for name, values in FIXED.items():
         if getattr(args, name) not in values:
-            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: torchvision's side has {values[-1]} alone")
+            known = " or ".join(map(str, values))
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: torchvision's side has {known}")
     if args.weights_backbone == "default" or (args.model == "ssd300_resnet18" and args.weights_backbone != "none"):
         sys.exit("--weights-backbone: must be 'none', or a file of VGG16's weights")
 
@@ -195,14 +195,14 @@ def main() -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         training_set = TrainingSet(splits["train"].images_dir, splits["train"].source.path)
         val_set = ReferenceDataset(splits["val"].images_dir, splits["val"].source.path)
-    presets.fit_epochs(args, len(training_set))
     num_classes = 1 + max(training_set.coco.cats)
     model = make_model(args.model, args.weights_backbone, num_classes).to(device)
     optimizer = make_optimizer(args, model)
     schedule = make_schedule(args, optimizer)
     scaler = make_scaler(device, amp=args.amp is not None)
     settings = {"num_workers": args.workers, "collate_fn": collate_to_tuples}
-    batches = BatchSampler(RandomSampler(training_set), args.batch_size, drop_last=True)
+    num_samples = max(len(training_set), args.epoch_samples)
+    batches = BatchSampler(RandomSampler(training_set, num_samples=num_samples), args.batch_size, drop_last=True)
     loader = DataLoader(training_set, batch_sampler=batches, **settings)
     val_loader = DataLoader(val_set, batch_size=1, **settings)
     begin = time.perf_counter()

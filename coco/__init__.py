@@ -23,7 +23,7 @@ from .annotations import agree_on_groups, check_same_classes, parse_annotations,
 from .images import SUFFIXES, fault_of_image, is_image_name, is_turned, load_image, load_or_skip, load_upright
 from .index import CocoAnnotations
 from .layouts import find_splits
-from .objects import is_object, objects_of_image, objects_per_image
+from .objects import is_object, objects_of_image
 from .rules import DataError
 from .shared_files import SharedFiles, hold_in_memory
 from .sources import Split, open_splits
@@ -46,7 +46,6 @@ __all__ = [
     "load_or_skip",
     "load_upright",
     "objects_of_image",
-    "objects_per_image",
     "open_splits",
     "parse_annotations",
     "read_annotations",

@@ -26,12 +26,6 @@ def is_object(annotations: CocoAnnotations) -> ndarray:
     return has_area(clip_boxes(annotations.boxes, sizes)) & ~annotations.is_crowd
 
 
-def objects_per_image(annotations: CocoAnnotations) -> ndarray:
-    """How many boxes of each image are trained on: int64 [images]."""
-    objects_until = np.concatenate(([0], is_object(annotations).cumsum()))[annotations.offsets]
-    return np.diff(objects_until)
-
-
 def objects_of_image(annotations: CocoAnnotations, row: int) -> tuple[ndarray, ndarray]:
     """What SSD is to find in an image: boxes float32 [G, 4], xyxy in its pixels, and labels int64 [G]."""
     span = slice(*annotations.offsets[row : row + 2])

@@ -38,8 +38,8 @@ class Checkpoints:
         self.latest_step = latest_step
         self.saved = None  # how far the run was when it last saved
 
-    def save(self, state: TrainingState) -> None:
-        """Saves ``state`` as the latest, unless it already is.
+    def save(self, state: TrainingState) -> bool:
+        """Saves ``state`` as the latest, unless it already is; tells whether it was not.
 
         Raises:
             ValueError: it cannot be written; on all processes.
@@ -47,9 +47,10 @@ class Checkpoints:
         """
         progress = (state.global_step, state.evaluated_step)
         if progress == self.saved:
-            return
+            return False
         utils.run_on_main(lambda: self.write(state.state_dict(), state.global_step))
         self.saved, self.latest_step = progress, state.global_step
+        return True
 
     def save_best(self, state_dict: dict) -> None:
         """Saves a state as the best; on the main process only."""

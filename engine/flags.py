@@ -221,6 +221,13 @@ def add_optimization_flags(group: argparse._ArgumentGroup) -> None:
     add_batch_size(group)
     add("--epochs", type=positive, metavar="N", help="default: %(default)s")
     add(
+        "--epoch-samples",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="of an epoch, at least: fewer images are passed over again (default: %(default)s)",
+    )
+    add(
         "--lr",
         type=positive_number,
         metavar="RATE",

@@ -53,10 +53,11 @@ def detect(
     device = model.default_boxes.device
     start = time.perf_counter()
     image_ids, detections, losses, faults = [np.zeros(0, np.int64)], [np.zeros((0, 7))], [np.zeros((0, 3))], []
-    watched = torch.zeros((0, len(model.default_boxes), model.num_classes), device=device)  # logits of the first images
+    watched = collapse.Watched(len(loader.dataset))
     for batch in loader:
+        images = batch["image"].to(device, non_blocking=True)
         with autocast:
-            outputs = predict(model, batch["image"].to(device, non_blocking=True), loader.batch_size)
+            outputs = predict(model, images, loader.batch_size)
         try:
             results = model.postprocess_detections(outputs, batch["size"].to(device))
         except ssd.NotFiniteError as error:
@@ -64,8 +65,7 @@ def detect(
             raise FloatingPointError(
                 f"the model's predictions are not finite on images {broken}: its weights are broken"
             ) from None
-        if len(watched) < collapse.WATCHED_IMAGES:
-            watched = torch.cat((watched, outputs["cls_logits"].float()))[: collapse.WATCHED_IMAGES]
+        watched.add(images, outputs["cls_logits"], batch["fault"])
         if with_loss:
             sums = model.sum_losses(outputs, *coco_utils.split_objects(batch["objects"].to(device)))
             losses.append(torch.stack([sums[name] for name in LOSSES], dim=1).double().cpu().numpy())
@@ -77,7 +77,7 @@ def detect(
         after_batch()
     losses = np.concatenate(losses) if with_loss else None
     seconds = time.perf_counter() - start
-    dependence = collapse.image_dependence(watched, model.boxes_per_map)
+    dependence = watched.dependence(model.boxes_per_map)
     return Inference(np.concatenate(image_ids), np.concatenate(detections), losses, faults, seconds, dependence)
 
 

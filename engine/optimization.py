@@ -91,6 +91,7 @@ def lr_schedule(
     Raises:
         ValueError: the warm-up would not end.
     """
+    flag = "--lr-warmup-steps" if warmup_epochs is None else "--lr-warmup-epochs"
     if warmup_epochs is not None:
         warmup_steps = warmup_epochs * steps_per_epoch
     elif warmup_steps is None:
@@ -98,7 +99,7 @@ def lr_schedule(
     if warmup_steps >= epochs * steps_per_epoch:
         raise ValueError(
             f"a warm-up of {warmup_steps} steps does not end in {epochs} epochs of {steps_per_epoch}: "
-            "raise --epochs, or lower --lr-warmup-steps"
+            f"raise --epochs, or lower {flag}"
         )
 
     def factor(step: int) -> float:

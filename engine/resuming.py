@@ -24,6 +24,7 @@ FIXED_FLAGS = (
     "model",
     "seed",
     "batch_size",
+    "epoch_samples",
     "opt",
     "momentum",
     "weight_decay",
@@ -39,7 +40,7 @@ TOLD_BY_CHECKPOINT = {
     "input_scaling": ("default", ssd.INPUT_SCALINGS),
     "default_boxes": ("default", ("default", *ssd.CAFFE_DEFAULT_BOXES)),
 }
-FREE_FLAGS = {"resume", "output_dir", "tuned_for_batch", "tuned_for_images"}  # no change of them is worth a line
+FREE_FLAGS = {"resume", "output_dir", "tuned_for_batch"}  # no change of them is worth a line
 
 
 def agree(settings: dict, found: Found) -> dict:

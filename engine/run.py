@@ -88,6 +88,7 @@ class Run:
         if self.step_log is not None:
             self.step_log.report_skipped()
         self.validation.settle()
-        self.checkpoints.save(self.state)
-        if self.is_complete or self.state.global_step % self.state.steps_per_epoch == 0:
-            utils.run_on_main(lambda: self.validation.log.draw_learning_curve(self.state.steps_per_epoch))
+        step, steps_per_epoch = self.state.global_step, self.state.steps_per_epoch
+        is_new = self.checkpoints.save(self.state)
+        if is_new and step > 0 and (self.is_complete or step % steps_per_epoch == 0):
+            utils.run_on_main(lambda: self.validation.log.draw_learning_curve(steps_per_epoch))

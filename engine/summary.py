@@ -21,22 +21,19 @@ def describe_run(
         dataset: what it is trained on.
         val: what it is evaluated on.
     """
-    yield from describe_data(dataset, val)
+    yield from describe_data(dataset, val, flags["epoch_samples"])
     yield from describe_model(model, flags["model"], flags["weights"])
     has_fc = isinstance(model.backbone, ssd.SSDFeatureExtractorVGG)
-    if len(dataset) < (flags["tuned_for_images"] or 0):
-        yield (
-            f"Epochs: {flags['epochs']}, in which {len(dataset)} images are seen as often in all as the "
-            f"{flags['tuned_for_images']} that the recipe {flags['recipe']} is tuned for"
-        )
     yield from describe_flags(flags, base_lr, has_norm=bool(norm_layers(model)), has_fc=has_fc)
 
 
-def describe_data(dataset: CocoTrainDataset, val: CocoAnnotations) -> Iterator[str]:
+def describe_data(dataset: CocoTrainDataset, val: CocoAnnotations, epoch_samples: int) -> Iterator[str]:
     """What is trained and evaluated on, and the classes."""
     train = dataset.annotations
     yield f"Training on {len(dataset)} of {len(train.image_ids)} images ({train.path}) with {dataset.num_boxes} boxes"
     yield f"Evaluating on {len(val.image_ids)} images ({val.path}) with {len(val.boxes)} boxes"
+    if len(dataset) < epoch_samples:
+        yield f"These are fewer than --epoch-samples: an epoch takes {epoch_samples} samples of them"
     names = list(train.categories.values())
     yield f"Classes ({len(names)}): {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
 
@@ -67,8 +64,7 @@ def describe_flags(flags: dict, base_lr: float, has_norm: bool, has_fc: bool) ->
     processes, batch_size, accumulate = (flags[name] for name in ("world_size", "batch_size", "accumulate"))
     batch, recipe_batch = processes * batch_size * accumulate, flags["tuned_for_batch"]
     parts = f"{processes} x {batch_size} images" + (f" x {accumulate}" if accumulate > 1 else "")
-    ratio = f"sqrt({batch} / {recipe_batch})" if flags["opt"] == "adamw" else f"{batch} / {recipe_batch}"
-    scaled = f" = {flags['lr']:g} x {ratio} (--scale-lr)" if flags["scale_lr"] else ""
+    scaled = f" = {flags['lr']:g} x {base_lr / flags['lr']:g} (--scale-lr)" if flags["scale_lr"] else ""
     yield (
         f"Learning rate {base_lr:g}{scaled} for a global batch of {batch} ({parts}); "
         f"the recipe {flags['recipe']} is tuned for {recipe_batch}"

@@ -124,6 +124,35 @@ def test_too_few_images_for_a_batch():
         EpochBatchSampler(7, 4, 0, 0, 2)
     with pytest.raises(DataError, match=r"7 training images do not fill 2 batch\(es\) of 4 on 1 .*--accumulate"):
         EpochBatchSampler(7, 4, 0, accumulate=2)
+    assert EpochBatchSampler(7, 4, 0, accumulate=2, min_samples=8).steps_per_epoch == 1
+    with pytest.raises(DataError, match="8 training images do not fill"):
+        EpochBatchSampler(7, 16, 0, min_samples=8)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "passes", "steps"),
+    [(5, 4, 5), (9, 3, 5), (19, 2, 5), (20, 1, 5), (21, 1, 5), (50, 1, 12), (1, 20, 5)],
+)
+def test_an_epoch_of_few_images_passes_over_them_until_it_has_enough_samples(num_images, passes, steps):
+    """No sample comes twice, in this epoch or the next, and each pass is whole but for the last."""
+
+    def keys(epoch: int, world_size: int = 1) -> list[tuple[int, int]]:
+        samplers = [
+            EpochBatchSampler(num_images, 4 // world_size, 3, rank, world_size, min_samples=20)
+            for rank in range(world_size)
+        ]
+        for sampler in samplers:
+            sampler.select(epoch)
+        return [key for batches in zip(*samplers, strict=True) for batch in batches for key in batch]
+
+    first, second = keys(0), keys(1)
+    assert len(first) == len(second) == 4 * steps
+    assert len({*first, *second}) == 8 * steps
+    assert [one for one, _ in first] == [place // num_images for place in range(4 * steps)]
+    assert {one // passes for one, _ in second} == {1}
+    if passes > 1:
+        assert sorted(index for one, index in first if one == 0) == list(range(num_images))
+    assert keys(1, world_size=2) == second
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 8), (2, 4), (4, 2)])

@@ -224,15 +224,17 @@ def test_scaled_learning_rate(train_steps, capsys):
     assert trained["optimizer"]["param_groups"][0]["lr"] == pytest.approx(expected)
     assert trained["args"]["lr"] == 0.002
     console = capsys.readouterr().out
-    assert "Learning rate 0.000375 = 0.002 x 6 / 32 (--scale-lr) for a global batch of 6 (1 x 3 images x 2)" in console
+    assert "Learning rate 0.000375 = 0.002 x 0.1875 (--scale-lr) for a global batch of 6 (1 x 3 images x 2)" in console
     train_steps("--scale-lr", "--accumulate", 2, "--lr-warmup-epochs", 0, "--resume", "auto", steps=3)
     assert "--lr " not in "".join(line for line in capsys.readouterr().out.splitlines() if "Changed since" in line)
 
 
-def test_a_warm_up_that_does_not_end_is_an_error(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(["--recipe", "large_batch", "--epochs", "5"])
-    assert "--lr-warmup-epochs 5 must be less than --epochs, 5" in capsys.readouterr().err
+@pytest.mark.parametrize("flag", ["--lr-warmup-epochs", "--lr-warmup-steps"])
+def test_a_warm_up_that_does_not_end_is_an_error(flag):
+    args = train.parse_args(["--epochs", "5", flag, "5"])
+    args.world_size = 1
+    with pytest.raises(ValueError, match=f"does not end in 5 epochs of 1: raise --epochs, or lower {flag}$"):
+        train.make_schedule(args, steps_per_epoch=1)
 
 
 def test_batch_norm_has_its_own_weight_decay():

@@ -38,6 +38,13 @@ def test_maps_that_say_the_same_of_every_image_are_counted(dependence, collapsed
         assert "--recipe small" in lines[0]
 
 
+def test_a_model_has_collapsed_where_half_of_its_maps_have():
+    found = [0.5, 0.5, 0.001, 0.5, 0.001]
+    assert list(collapse.describe(found, {})) == []
+    (line,) = collapse.describe([*found, 0.001], {})
+    assert "3 of 6 feature maps" in line
+
+
 def test_one_box_that_depends_on_the_image_is_enough():
     """A camera that does not move sees the same nearly everywhere."""
     logits = make_logits([0.0, 0.5])
@@ -94,6 +101,44 @@ def test_what_is_watched_does_not_depend_on_the_batch(data_path, monkeypatch):
     assert found[2] == pytest.approx(found[0], rel=1e-3)
     monkeypatch.setattr(collapse, "WATCHED_IMAGES", 7)
     assert dependence_of(model, data_path) != pytest.approx(found[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["one photograph again and again", "noise of a sensor", "a small thing that moves"])
+def test_images_that_are_alike_say_nothing_of_the_model(kind):
+    """A model cannot but predict the same of them."""
+    generator = torch.Generator().manual_seed(0)
+    images = (255 * torch.rand(1, 3, 60, 60, generator=generator)).repeat(8, 1, 1, 1)
+    if kind == "noise of a sensor":
+        images += 2 * torch.randn(images.shape, generator=generator)
+    elif kind == "a small thing that moves":
+        for number, image in enumerate(images):
+            image[:, 20:25, 7 * number : 7 * number + 5] = 255
+    watched = collapse.Watched(8)
+    watched.add(images, make_logits([0.0, 0.0]), [""] * 8)
+    assert watched.dependence(BOXES_PER_MAP) is None
+    watched.add(255 - images, make_logits([0.0, 0.0]), [""] * 8)
+    assert watched.dependence(BOXES_PER_MAP) == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_images_at_even_distances_are_watched_but_no_bad_ones():
+    watched = collapse.Watched(40)
+    for first in range(0, 40, 8):
+        batch = torch.arange(first, first + 8.0)
+        faults = ["bad" if number in (3, 12) else "" for number in batch.tolist()]
+        watched.add(batch.view(-1, 1, 1, 1), batch.view(-1, 1, 1), faults)
+    assert torch.cat(watched.logits).flatten().tolist() == [
+        number for number in range(0, 40, 3) if number not in (3, 12)
+    ]
+    assert torch.equal(torch.cat(watched.images).flatten(), torch.cat(watched.logits).flatten())
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 15, 16, 17, 31, 32, 33, 5000])
+def test_never_more_images_are_watched_than_memory_is_meant_for(num_images):
+    watched = collapse.Watched(num_images)
+    for first in range(0, num_images, 7):
+        size = min(7, num_images - first)
+        watched.add(torch.zeros(size, 3, 2, 2), torch.zeros(size, 40, 3), [""] * size)
+    assert min(num_images, 8) <= sum(len(logits) for logits in watched.logits) <= collapse.WATCHED_IMAGES
 
 
 def test_processes_together_say_what_the_first_has_seen():
