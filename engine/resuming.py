@@ -124,7 +124,7 @@ def begin_or_continue(
         set_aside(output_dir, [file for name in RUN_FILES for file in output_dir.glob(name)])
     elif found.path.name != LATEST:
         set_aside(output_dir, not_continued(output_dir, found))
-    output.prepare(output_dir, folders=[path.name for path in output_dir.glob("pictures")])
+    output.prepare(output_dir, folders=["pictures"])
     if not (output_dir / BEST).exists():
         state.best_ap = -1.0  # that of the resumed run is elsewhere
     return state.global_step if (output_dir / LATEST).exists() else None

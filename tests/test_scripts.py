@@ -378,6 +378,7 @@ def test_a_run_without_resume_sets_the_files_of_an_earlier_one_aside(data_path, 
 
 def test_a_resumed_run_tries_where_its_pictures_will_go(data_path, tmp_path):
     train_steps(data_path, tmp_path, "--max-steps", 1, "--workers", 0)
+    shutil.rmtree(tmp_path / "pictures")
     (tmp_path / "pictures").touch()
     with pytest.raises(ValueError, match=r"pictures: cannot be written \(File exists\)"):
         train_steps(data_path, tmp_path, "--max-steps", 2, "--workers", 0, "--resume", "auto")
