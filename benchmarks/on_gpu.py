@@ -117,7 +117,7 @@ MINIATURE = Scale(
     steps_from_files=(2, 2),
     training="--model ssd300_resnet18 --batch-size 2",
     trained_steps=(2, 3),
-    learning="--seeds 1 --epochs 1 --lr-warmup-steps 0 --batch-size 2 --workers 0",
+    learning="--seeds 1 --epochs 1 --epoch-samples 0 --lr-warmup-steps 0 --batch-size 2 --workers 0",
     drawn_images=(4, 2),
     patience=6,  # where a CPU is slow or busy, the rehearsal only takes longer
 )
