@@ -16,7 +16,7 @@ from coco import CocoAnnotations, DataError, SharedFiles, is_object, load_image,
 
 
 class CocoTrainDataset(Dataset):
-    """Training samples by ``(epoch, index)``; all randomness of a sample comes from ``(seed, epoch, index)``.
+    """Training samples by ``(pass, index)``; all randomness of a sample comes from ``(seed, pass, index)``.
 
     Crowd boxes and boxes without area are left out, boxes are clipped to the image, and images that have none left are
     not trained on. (torchvision also keeps images that have crowds only; SSD learns nothing from them.)
@@ -61,7 +61,7 @@ class CocoTrainDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, index = key
+        pass_number, index = key
         row = self.rows[index]
         boxes, labels = objects_of_image(self.annotations, row)
         content = self.files[row] if self.files else None
@@ -69,7 +69,7 @@ class CocoTrainDataset(Dataset):
         image, fault = load_or_skip(load, self.skip_bad_images)
         if fault:
             boxes, labels = boxes[:0], labels[:0]
-        rng = np.random.default_rng((self.seed, epoch, 1 + index))  # with 0 it would be that of the epoch's order
+        rng = np.random.default_rng((self.seed, pass_number, 1 + index))  # with 0 it would be that of an epoch's order
         sample = self.preset(image, boxes, labels, rng)
         return sample | {"image_id": int(self.annotations.image_ids[row]), "fault": fault}
 
@@ -112,13 +112,14 @@ class CocoEvalDataset(Dataset):
 
 
 class EpochBatchSampler(Sampler):
-    """This rank's batches of ``(epoch, index)`` keys. Incomplete batches at the end of an epoch are dropped.
+    """This rank's batches of ``(pass, index)`` keys. Incomplete batches at the end of an epoch are dropped.
 
     The order of an epoch depends on the seed and the epoch alone, and a step's global batch on nothing else but its
     size: it is ``world_size`` times ``accumulate`` batches, of which each rank has ``accumulate`` in a row. ``select``
     says which epoch comes next, and which of its steps.
 
-    An epoch passes over all images once, or until it has ``min_samples``; each pass has an order and keys of its own.
+    An epoch passes over all images once, or again until it has ``min_samples``; each pass has an order of its own, and
+    passes are counted through all epochs.
 
     Raises:
         DataError: an epoch is smaller than one global batch.
@@ -146,8 +147,8 @@ class EpochBatchSampler(Sampler):
         self.steps_per_epoch = num_samples // self.images_per_step
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"{num_samples} training images do not fill {accumulate} batch(es) of {batch_size} on {world_size} "
-                "process(es): lower --batch-size or --accumulate"
+                f"{num_images} training images do not fill {accumulate} batch(es) of {batch_size} on {world_size} "
+                "process(es): lower --batch-size or --accumulate, or raise --epoch-samples"
             )
         self.select(epoch=0)
 

@@ -32,7 +32,7 @@ def describe_data(dataset: CocoTrainDataset, val: CocoAnnotations, epoch_samples
     train = dataset.annotations
     yield f"Training on {len(dataset)} of {len(train.image_ids)} images ({train.path}) with {dataset.num_boxes} boxes"
     if len(dataset) < epoch_samples:
-        yield f"These are fewer than --epoch-samples: an epoch takes {epoch_samples} samples of them"
+        yield f"These are fewer than --epoch-samples {epoch_samples}: an epoch passes over them more than once"
     yield f"Evaluating on {len(val.image_ids)} images ({val.path}) with {len(val.boxes)} boxes"
     names = list(train.categories.values())
     yield f"Classes ({len(names)}): {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"

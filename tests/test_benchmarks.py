@@ -274,7 +274,7 @@ def test_learning_curves_of_both_sides_are_drawn_with_any_number_of_seeds(tmp_pa
 
 def test_a_side_is_summed_up_from_its_log(tmp_path, monkeypatch):
     records = [
-        {"kind": "train", "step": 2, "epoch": 0, "loss": 9.0},
+        {"kind": "train", "step": 3, "epoch": 0, "loss": 9.0},
         {"kind": "train", "step": 4, "epoch": 0, "loss": 7.0},
         {"kind": "val", "step": 4, "epoch": 0, "AP": 0.1, "AP50": 0.3},
         {"kind": "train", "step": 8, "epoch": 1, "loss": 5.0},
@@ -289,7 +289,7 @@ def test_a_side_is_summed_up_from_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", write)
     found = side_by_side.run("ours", 1, tmp_path, ["--batch-size", "3"])
     assert (found["AP"], found["AP50"]) == (0.2, 0.4)
-    assert (found["losses"], found["curve"]) == ([(1, 8.0), (2, 5.0)], [(1, 0.1, 0.3), (2, 0.2, 0.4)])
+    assert (found["losses"], found["curve"]) == ([(1, 8.5), (2, 5.0)], [(1, 0.1, 0.3), (2, 0.2, 0.4)])
     assert found["images/s"] * found["seconds"] == pytest.approx(8 * 3)
 
 

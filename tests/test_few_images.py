@@ -37,7 +37,7 @@ def test_an_epoch_of_few_images_is_longer_and_a_resumed_run_has_the_same(console
     """160 samples in steps of 3 images are 53 steps."""
     small = ["--recipe", "small", "--eval-freq", 0, "--resume", "auto", "--print-freq", 1]
     first = console(*small, "--max-steps", 3)
-    assert "These are fewer than --epoch-samples: an epoch takes 160 samples of them" in first
+    assert "These are fewer than --epoch-samples 160: an epoch passes over them more than once" in first
     assert "Learning rate 6.12372e-05 = 0.0001 x 0.612372 (--scale-lr) for a global batch of 3" in first
     second = console(*small, "--max-steps", 54)
     assert "Continuing after 3 steps" in second
