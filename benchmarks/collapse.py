@@ -105,10 +105,10 @@ def make_batches(args: argparse.Namespace, steps: int) -> tuple[list[dict], Tens
     annotations, val = coco.open_splits(splits, Path(args.output_dir) / "annotations")
     preset = DetectionPresetTrain(data_augmentation=args.data_augmentation, size=300)
     dataset = CocoTrainDataset(annotations, splits["train"].images_dir, preset, args.seed)
-    sampler = EpochBatchSampler(len(dataset), BATCH_SIZE, args.seed, rank=0, world_size=1, accumulate=1)
+    sampler = EpochBatchSampler(len(dataset), BATCH_SIZE, args.seed)
     batches = []
     while len(batches) < steps:
-        sampler.select(len(batches) // sampler.steps_per_epoch, 0, sampler.steps_per_epoch)
+        sampler.select(epoch=len(batches) // sampler.steps_per_epoch)
         batches += [collate([dataset[key] for key in keys]) for keys in sampler]
     watched = CocoEvalDataset(val, splits["val"].images_dir, DetectionPresetEval(size=300))
     images = torch.stack([watched[i]["image"] for i in range(min(NUM_WATCHED, len(watched)))])
@@ -151,6 +151,14 @@ def train_and_look(
     return records
 
 
+def curve(records: list[dict], layer: str, place: int) -> tuple[list[int], list[float]]:
+    """Steps, and a measure of a layer as it is drawn, where it is known."""
+    points = [(one["step"], one["layers"][layer][place]) for one in records]
+    known = [(step, value) for step, value in points if value is not None]
+    least = LEAST_SHOWN if place in LOGARITHMIC else 0.0
+    return [step for step, _ in known], [max(value, least) for _, value in known]
+
+
 def draw(found: dict[str, list[dict]]) -> Tensor:
     """A row for all layers of the first and one for those of the last variant, and one for fc7 of all of them."""
     names = list(found)
@@ -164,18 +172,14 @@ def draw(found: dict[str, list[dict]]) -> Tensor:
     for (title, lines), row in zip(rows, grid, strict=True):
         for place, (axes, measure) in enumerate(zip(row, MEASURES, strict=True)):
             for number, (label, (name, layer)) in enumerate(lines.items()):
-                points = [(one["step"], one["layers"][layer][place]) for one in found[name]]
-                if place in LOGARITHMIC:
-                    points = [(step, None if value is None else max(value, LEAST_SHOWN)) for step, value in points]
-                points = [(step, value) for step, value in points if value is not None]
-                if points:
-                    axes.plot(*zip(*points, strict=True), label=label, color=f"C{number}", linewidth=1.6)
+                steps, values = curve(found[name], layer, place)
+                if steps:
+                    axes.plot(steps, values, label=label, color=f"C{number}", linewidth=1.6)
             axes.set_title(f"{title}: {measure}" if place == 0 else measure, loc="left", fontsize=9)
             if place in LOGARITHMIC:
                 axes.set_yscale("log")
                 axes.set_ylim(bottom=LEAST_SHOWN)
-            axes.grid(color="#e8e8e8")
-            axes.spines[["top", "right"]].set_visible(False)
+            charts.clear_frame(axes)
         row[-1].legend(*row[1].get_legend_handles_labels(), fontsize=8, frameon=False, bbox_to_anchor=(1.0, 1.0))
     for axes in grid[-1]:
         axes.set_xlabel("steps")

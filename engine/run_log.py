@@ -59,8 +59,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             output_dir.mkdir(parents=True, exist_ok=True)
-            keep_earlier_records(self.path, last_steps or {})
-            for record in read_records(self.path):
+            for record in keep_earlier_records(self.path, last_steps or {}):
                 if record["kind"] == "skipped":
                     self.num_skipped = record["samples"]
                     self.faults |= set(record["faults"])
@@ -154,12 +153,17 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
-def keep_earlier_records(path: Path, last_steps: dict[str, int]) -> None:
-    """Keeps the lines of metrics.jsonl up to the last step of their kind; a line cut short by a crash goes too."""
+def keep_earlier_records(path: Path, last_steps: dict[str, int]) -> list[dict]:
+    """Keeps the lines of metrics.jsonl up to the last step of their kind; a line cut short by a crash goes too.
+
+    Returns:
+        What those lines hold.
+    """
     kept = [record for record in read_records(path) if record["step"] <= last_steps.get(record["kind"], 0)]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
     os.replace(temporary, path)
+    return kept
 
 
 @dataclass(kw_only=True)

@@ -218,7 +218,7 @@ def test_constants_of_the_transforms(built):
     }
 
 
-def test_the_published_recipes_are_what_they_were_to_the_last_digit(built):
+def test_the_published_recipes_are_what_they_were_to_the_last_digit():
     """Each number that trains, as written in the study: no recipe for other ends may move one of them."""
     common = {"opt": "sgd", "momentum": 0.9, "lr_gamma": 0.1, "lr_scheduler": "multisteplr", "model": "ssd300_vgg16"}
     old = {"weights_backbone": "VGG16_Weights.IMAGENET1K_V1", "input_scaling": "imagenet", "weight_init": "pytorch"}

@@ -45,9 +45,7 @@ def learning_curve(losses: dict[str, Curve], metrics: dict[str, Curve]) -> Tenso
         for (name, points), color in zip(curves.items(), (BLUE, ORANGE), strict=False):
             line = axes.plot(*points, label=name, color=color, marker=marker, markersize=4, linewidth=1.8)
             line[0].set_clip_on(axes is upper)  # a metric of 0 or 1 lies on the edge
-        axes.grid(color="#e8e8e8")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        clear_frame(axes)
         if curves:
             axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1.0), borderaxespad=0, frameon=False)
     return to_picture(figure)
@@ -71,9 +69,7 @@ def precision_recall(precision: ndarray, recalls: ndarray, iou_thresholds: ndarr
     axes.set_title("Precision and recall, averaged over the classes", loc="left", fontsize=11)
     axes.set_xticks(np.linspace(0, 1, 11))
     axes.set_yticks(np.linspace(0, 1, 11))
-    axes.grid(color="#e8e8e8")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    clear_frame(axes)
     measured = ~np.isnan(precision).any(axis=1)
     if measured.any():
         draw_curves(axes, precision[measured], recalls, iou_thresholds[measured])
@@ -237,6 +233,13 @@ def new_figure(width: float, height: float):
     figure = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def clear_frame(axes) -> None:
+    """Of axes with curves: a faint grid behind them, and no frame above and to the right."""
+    axes.grid(color="#e8e8e8")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def to_picture(figure) -> Tensor:

@@ -126,8 +126,7 @@ def draw_charts(
 
 def write_pictures(output_dir: Path, drawn: Iterable[tuple[str, Tensor]]) -> None:
     """Writes pictures by name, each as it is drawn, in the place of an earlier evaluation's."""
-    folder = output_dir / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(output_dir)
     for outdated in folder.glob("[0-9][0-9][0-9][0-9]_*.png"):
         outdated.unlink()
     for name, picture in drawn:
@@ -143,9 +142,14 @@ def write_learning_curve(output_dir: Path, records: Iterable[dict], steps_per_ep
             known[label] = [one["step"] / steps_per_epoch for one in found], [one[name] for one in found]
     losses = {label: curve for label, curve in known.items() if "loss" in label}
     metrics = {label: curve for label, curve in known.items() if label not in losses}
+    pictures.save_png(charts.learning_curve(losses, metrics), make_folder(output_dir) / "learning_curve.png")
+
+
+def make_folder(output_dir: Path) -> Path:
+    """Where the pictures of a run or an evaluation are."""
     folder = output_dir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    pictures.save_png(charts.learning_curve(losses, metrics), folder / "learning_curve.png")
+    return folder
 
 
 def count_by_threshold(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis) -> dict[str, ndarray]:
