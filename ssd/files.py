@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,15 +26,24 @@ def save_file(content: dict, path: str | Path) -> None:
     Raises:
         OSError: there is no space, no right to write, ...; the old file is as it was.
     """
-    path = Path(path)
     buffer = io.BytesIO()
     torch.save(content, buffer)
     stored = buffer.getbuffer()[:-2]  # without the length of the comment, which is none
+    write_file([stored, seal(stored)], path)
+
+
+def write_file(parts: Iterable[bytes | memoryview], path: str | Path) -> None:
+    """Writes ``parts``, one after the other, so that ``path`` is the old file or the whole new one.
+
+    Raises:
+        OSError: there is no space, no right to write, ...; the old file is as it was.
+    """
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(stored)
-            file.write(seal(stored))
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

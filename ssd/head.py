@@ -70,7 +70,7 @@ class SSDScoringHead(nn.Module):
     def flatten(self, predictions: Sequence[Tensor]) -> Tensor:
         """From all maps, [B, anchors * num_columns, H, W] each -> [B, A, num_columns], as default boxes are ordered."""
         per_cell = [prediction.permute(0, 2, 3, 1) for prediction in predictions]
-        return torch.cat([cells.reshape(len(cells), -1, self.num_columns) for cells in per_cell], dim=1)
+        return torch.cat([cells.reshape(cells.shape[0], -1, self.num_columns) for cells in per_cell], dim=1)
 
 
 class SSDHead(nn.Module):

@@ -14,7 +14,7 @@ from .boxes import BoxCoder, pairwise_iou
 from .default_boxes import DefaultBoxGenerator, guess_default_boxes
 from .head import SSDHead
 from .matcher import SSDMatcher
-from .postprocess import NotFiniteError, select_candidates, split_by_image, suppress
+from .postprocess import postprocess, resize_boxes
 
 # mean and standard deviation per RGB channel, for values of 0 to 1
 INPUT_SCALINGS = {
@@ -165,7 +165,12 @@ class SSD(nn.Module):
             "positives": num_positives.squeeze(1),
         }
 
-    @torch.no_grad()
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """What decides which predictions become detections: the keyword arguments of ``postprocess``."""
+        names = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
+        return {name: getattr(self, name) for name in names}
+
     def postprocess_detections(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
         """Scores, decodes and suppresses.
 
@@ -180,30 +185,8 @@ class SSD(nn.Module):
         Raises:
             NotFiniteError: a prediction is nan or infinite.
         """
-        # far faster than to look at each number: a nan is both extremes
-        extremes = [
-            extreme(output.flatten(1), dim=1) for output in outputs.values() for extreme in (torch.amin, torch.amax)
-        ]
-        is_finite = torch.stack(extremes).isfinite().all(dim=0)
-        if not is_finite.all():
-            raise NotFiniteError((~is_finite).nonzero().flatten().tolist())
-        boxes = self.box_coder.decode(outputs["bbox_regression"].float(), self.default_boxes).clamp(0, self.size)
-        # As in ``match``: one image at a time stays in the cache of a CPU. A GPU gets as many as it can use, and not so
-        # many that its memory could not hold all scores of an untrained model, most of which are candidates.
-        images_at_a_time = 1 if boxes.device.type == "cpu" else 16
-        found = []
-        parts = zip(outputs["cls_logits"].split(images_at_a_time), boxes.split(images_at_a_time), strict=True)
-        for logits, part_boxes in parts:
-            scores = logits.float().softmax(dim=-1)[..., 1:]  # [images, A, C - 1]
-            candidates = select_candidates(scores, part_boxes, self.score_thresh, self.topk_candidates)
-            kept = suppress(candidates, self.nms_thresh, self.detections_per_img)
-            found += split_by_image(kept, len(part_boxes))
-        height, width = (sizes.to(boxes) / self.size).unbind(1)
-        scale = torch.stack((width, height, width, height), dim=1)  # [B, 4]
-        return [
-            {"boxes": one.boxes * scale[i], "scores": one.scores, "labels": one.labels + 1}
-            for i, one in enumerate(found)
-        ]
+        found = postprocess(outputs, self.default_boxes, self.size, **self.thresholds)
+        return resize_boxes(found, self.size, sizes)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""From scored boxes to detections, for a whole batch at once: threshold, best per class, suppression, best per image.
+"""From predictions to detections, for a whole batch at once: threshold, best per class, suppression, best per image.
 
-Dimension key: B images, A default boxes, K classes without the background, N detections.
+Dimension key: B images, A default boxes, C classes including the background, K = C - 1, N detections.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torchvision.ops import nms
+
+from .boxes import BoxCoder
 
 # Suppression takes the square of its input, and the best 200 detections are mostly found among far fewer candidates.
 FIRST_CANDIDATES = 1000
@@ -36,6 +38,65 @@ class Detections:
 
     def __getitem__(self, index: Tensor) -> "Detections":
         return Detections(self.boxes[index], self.scores[index], self.labels[index], self.images[index])
+
+
+@torch.no_grad()
+def postprocess(
+    outputs: dict[str, Tensor],
+    default_boxes: Tensor,
+    size: int,
+    *,
+    score_thresh: float,
+    nms_thresh: float,
+    detections_per_img: int,
+    topk_candidates: int,
+) -> list[dict[str, Tensor]]:
+    """Scores, decodes and suppresses.
+
+    Args:
+        outputs: ``cls_logits`` [B, A, C] and ``bbox_regression`` [B, A, 4], as ``SSD.forward`` returns them.
+        default_boxes: [A, 4].
+        size: side of the network input in pixels.
+        score_thresh, nms_thresh, detections_per_img, topk_candidates: as of ``SSD``.
+
+    Returns:
+        Per image ``boxes`` [N, 4] (xyxy, pixels of the network input), ``scores`` [N] and ``labels`` [N] (1 to K), best
+        first, N <= ``detections_per_img``.
+
+    Raises:
+        NotFiniteError: a prediction is nan or infinite.
+    """
+    check_finite(outputs)
+    boxes = BoxCoder().decode(outputs["bbox_regression"].float(), default_boxes).clamp(0, size)
+    # As in ``SSD.match``: one image at a time stays in the cache of a CPU. A GPU gets as many as it can use, and not so
+    # many that its memory could not hold all scores of an untrained model, most of which are candidates.
+    images_at_a_time = 1 if boxes.device.type == "cpu" else 16
+    found = []
+    parts = zip(outputs["cls_logits"].split(images_at_a_time), boxes.split(images_at_a_time), strict=True)
+    for logits, part_boxes in parts:
+        scores = logits.float().softmax(dim=-1)[..., 1:]  # [images, A, K]
+        candidates = select_candidates(scores, part_boxes, score_thresh, topk_candidates)
+        kept = suppress(candidates, nms_thresh, detections_per_img)
+        found += split_by_image(kept, len(part_boxes))
+    return [{"boxes": one.boxes, "scores": one.scores, "labels": one.labels + 1} for one in found]
+
+
+def check_finite(outputs: dict[str, Tensor]) -> None:
+    """Raises NotFiniteError for predictions, the images first, that are nan or infinite."""
+    # far faster than to look at each number: a nan is both extremes
+    extremes = [
+        extreme(output.flatten(1), dim=1) for output in outputs.values() for extreme in (torch.amin, torch.amax)
+    ]
+    is_finite = torch.stack(extremes).isfinite().all(dim=0)
+    if not is_finite.all():
+        raise NotFiniteError((~is_finite).nonzero().flatten().tolist())
+
+
+def resize_boxes(found: list[dict[str, Tensor]], size: int, sizes: Tensor) -> list[dict[str, Tensor]]:
+    """Detections with boxes in pixels of the original images, whose heights and widths are ``sizes`` [B, 2]."""
+    height, width = (sizes.double() / size).unbind(1)
+    scale = torch.stack((width, height, width, height), dim=1)  # [B, 4]
+    return [one | {"boxes": one["boxes"] * scale[i].to(one["boxes"])} for i, one in enumerate(found)]
 
 
 def rank_within(groups: Tensor) -> Tensor:

@@ -1,0 +1,217 @@
+"""A model as a file that runs without this repository: ONNX, or PyTorch's pt2.
+
+Dimension key: B images, A default boxes, C classes including the background, K = C - 1, T candidates per class,
+N detections per image, padded. Boxes are xyxy in pixels of the network input.
+"""
+
+import importlib.util
+import io
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from .files import write_file
+from .model import SSD
+
+OUTPUTS = {
+    "detections": ("boxes", "scores", "labels", "counts"),
+    "raw": ("cls_logits", "bbox_regression", "default_boxes"),
+}
+PACKAGES = {".onnx": ("onnx", "onnxscript"), ".pt2": ()}
+OPSET = 18  # of ONNX; what others read is often years behind
+METADATA_FILE = "metadata.json"  # within a pt2 file
+# boxes [G, T, 4], scores [G, T], thresholds of score and IoU, how many to keep of a group -> int64 [M, 2]
+Suppress = Callable[[Tensor, Tensor, float, float, int], Tensor]
+
+
+class RawPart(nn.Module):
+    """What ``SSD.forward`` returns, and ``default_boxes`` [A, 4], which the offsets are relative to."""
+
+    def __init__(self, model: SSD):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {**self.model(images), "default_boxes": self.model.default_boxes.clone()}
+
+
+class DetectionsPart(nn.Module):
+    """The model and its post-processing, with outputs of the same shapes whatever is found.
+
+    What ``postprocess`` does with loops as long as there are candidates is here of a fixed size, but for the
+    suppression: no tensor's shape decides what is computed.
+    """
+
+    def __init__(self, model: SSD, suppress: Suppress):
+        super().__init__()
+        self.model = model
+        self.suppress = suppress
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            images: float32 [B, 3, size, size], RGB with values of 0 to 255.
+
+        Returns:
+            ``boxes`` [B, N, 4], ``scores`` [B, N] and ``labels`` int64 [B, N], best first and then zeros, and
+            ``counts`` int64 [B], how many were found.
+        """
+        model = self.model
+        outputs = model(images)
+        boxes = model.box_coder.decode(outputs["bbox_regression"], model.default_boxes).clamp(0, model.size)
+        scores = outputs["cls_logits"].softmax(dim=-1)[..., 1:].mT  # [B, K, A]
+        num_images, num_classes, num_boxes = scores.shape
+        num_candidates = min(model.topk_candidates, num_boxes)
+        scores, places = scores.topk(num_candidates, dim=2)  # [B, K, T]
+        boxes = take(boxes, places.flatten(1)).view(-1, num_candidates, 4)  # [B * K, T, 4]
+        scores = scores.flatten(0, 1)  # [B * K, T]
+        kept = self.suppress(boxes, scores, model.score_thresh, model.nms_thresh, model.detections_per_img)
+        kept = kept[:, 0] * num_candidates + kept[:, 1]
+        scores = scores.flatten()
+        scores = torch.zeros_like(scores).scatter(0, kept, scores[kept]).view(num_images, -1)  # [B, K * T]
+        scores = F.pad(scores, (0, max(model.detections_per_img - num_classes * num_candidates, 0)))
+        scores, order = scores.topk(model.detections_per_img, dim=1)  # [B, N]
+        is_found = scores > 0
+        order = order * is_found
+        labels = torch.div(order, num_candidates, rounding_mode="trunc") + 1
+        return {
+            "boxes": take(boxes.view(num_images, -1, 4), order) * is_found[..., None],
+            "scores": scores,
+            "labels": labels * is_found,
+            "counts": is_found.sum(dim=1),
+        }
+
+
+def take(boxes: Tensor, places: Tensor) -> Tensor:
+    """Of boxes [B, A, 4] those at ``places`` [B, N]: [B, N, 4]."""
+    return boxes.gather(1, places[..., None].expand(-1, -1, 4))
+
+
+def suppress_with_torchvision(
+    boxes: Tensor, scores: Tensor, score_thresh: float, iou_thresh: float, most_kept: int
+) -> Tensor:
+    """Of each group, the boxes that no better one of it overlaps too much, among those with a score over the threshold.
+
+    Groups are moved apart in float64, as in ``ssd/postprocess.py``.
+
+    Args:
+        boxes: [G, T, 4], not negative.
+        scores: [G, T].
+        score_thresh: scores up to this are dropped.
+        iou_thresh: IoU over which the lower scored of two boxes of a group is.
+        most_kept: which a group may have; here all are kept, since more do no harm.
+
+    Returns:
+        int64 [M, 2]: group and place in it.
+    """
+    group, place = (scores > score_thresh).nonzero(as_tuple=True)
+    shifted = boxes[group, place].double() + ((boxes.max().double() + 1) * group)[:, None]
+    kept = nms(shifted, scores[group, place].double(), iou_thresh)
+    return torch.stack((group[kept], place[kept]), dim=1)
+
+
+@torch.library.custom_op("ssd::suppress", mutates_args=())
+def suppress_as_one_operator(
+    boxes: Tensor, scores: Tensor, score_thresh: float, iou_thresh: float, most_kept: int
+) -> Tensor:
+    """``suppress_with_torchvision`` as one node of a graph, which ``suppress_with_onnx`` takes the place of."""
+    return suppress_with_torchvision(boxes, scores, score_thresh, iou_thresh, most_kept)
+
+
+@suppress_as_one_operator.register_fake
+def _(boxes: Tensor, scores: Tensor, score_thresh: float, iou_thresh: float, most_kept: int) -> Tensor:
+    return boxes.new_empty((torch.library.get_ctx().new_dynamic_size(), 2), dtype=torch.int64)
+
+
+def suppress_with_onnx(boxes, scores, score_thresh: float, iou_thresh: float, most_kept: int):
+    """The same with ONNX's operator, to which each group is an image with one class."""
+    from onnxscript import opset18 as op
+
+    limits = (op.Constant(value_ints=[most_kept]), *(op.Constant(value_floats=[x]) for x in (iou_thresh, score_thresh)))
+    selected = op.NonMaxSuppression(boxes, op.Unsqueeze(scores, op.Constant(value_ints=[1])), *limits)
+    return op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)  # without the class, which is 0
+
+
+def check_target(path: str | Path) -> None:
+    """Raises ValueError unless ``path`` ends as a format does whose packages are there."""
+    suffix = Path(path).suffix
+    if suffix not in PACKAGES:
+        raise ValueError(f"{path}: the name of an exported file ends with {' or '.join(PACKAGES)}")
+    missing = [name for name in PACKAGES[suffix] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{path}: to write it, Python needs more packages: pip install {' '.join(missing)}")
+
+
+def export(model: SSD, path: str | Path, part: str, classes: list[dict]) -> None:
+    """Writes a model, on a CPU and in ``eval`` mode, for batches of any size.
+
+    Args:
+        model: what is exported.
+        path: a file that ends with ``.onnx`` or ``.pt2``.
+        part: a key of ``OUTPUTS``; the file has these outputs.
+        classes: ``label``, ``id`` and ``name`` of each, for the metadata.
+
+    Raises:
+        ValueError: the name has another ending, or a package is missing.
+        OSError: the file cannot be written; an earlier one is as it was.
+    """
+    check_target(path)
+    metadata = describe(model, part, classes)
+    to_bytes = to_onnx if Path(path).suffix == ".onnx" else to_pt2
+    with warnings.catch_warnings():
+        # of how PyTorch's exporters and torchvision's operators use what PyTorch deprecates
+        warnings.simplefilter("ignore")
+        write_file([to_bytes(model, part, metadata)], path)
+
+
+def describe(model: SSD, part: str, classes: list[dict]) -> dict[str, str]:
+    """What a program must know of the file: numbers as texts, and ``classes`` as json."""
+    size = model.size
+    return {
+        "part": part,
+        "input": f"float32 [batch, 3, {size}, {size}]: RGB, 0 to 255, the whole image resized without antialiasing",
+        "size": str(size),
+        "input_scaling": f"{model.input_scaling}, within the model",
+        "classes": json.dumps(classes),
+        **{name: str(value) for name, value in model.thresholds.items()},
+    }
+
+
+def trace(model: SSD, part: str, suppress: Suppress) -> torch.export.ExportedProgram:
+    """The graph of a part, for any number of images."""
+    module = RawPart(model) if part == "raw" else DetectionsPart(model, suppress)
+    images = torch.zeros(2, 3, model.size, model.size)  # of one image PyTorch would take the number for a constant
+    with torch.no_grad():
+        return torch.export.export(module.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def to_pt2(model: SSD, part: str, metadata: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    program = trace(model, part, suppress_with_torchvision)
+    torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(metadata)})
+    return buffer.getvalue()
+
+
+def to_onnx(model: SSD, part: str, metadata: dict[str, str]) -> bytes:
+    program = torch.onnx.export(
+        trace(model, part, torch.ops.ssd.suppress),
+        dynamo=True,
+        verbose=False,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=OUTPUTS[part],
+        dynamic_shapes=({0: "batch"},),
+        custom_translation_table={torch.ops.ssd.suppress.default: suppress_with_onnx},
+    )
+    content = program.model_proto
+    for node in content.graph.node:  # where in whose files it comes from
+        node.ClearField("metadata_props")
+    for key, value in metadata.items():
+        content.metadata_props.add(key=key, value=value)
+    return content.SerializeToString()
