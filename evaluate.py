@@ -3,10 +3,13 @@
     python evaluate.py --checkpoint out/checkpoint.pth --data-path /data/coco
     python evaluate.py --detections detections.json --data-path /data/coco
     python evaluate.py --checkpoint out/checkpoint.pth --images photographs
+    python evaluate.py --checkpoint out/checkpoint.pth --export ssd.onnx
+    python evaluate.py --detector ssd.onnx --data-path /data/coco
     torchrun --nproc-per-node=8 evaluate.py --checkpoint SSD300_VGG16_Weights.COCO_V1 --data-path /data/coco
 
 Prints the COCO table and writes metrics.json, detections.json and, with --pictures, pictures of what was found. With
---images it has nothing to score, and writes detections.json and a picture of each image.
+--images it has nothing to score, and writes detections.json and a picture of each image; with --export it writes the
+model as a file that other programs run.
 """
 
 import argparse
@@ -18,14 +21,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from numpy import ndarray
 
 import coco
 import ssd
 import utils
 from coco import CocoAnnotations, Split, scoring
 from coco_utils import CocoEvalDataset
-from engine import checkpoints, execution, failures, flags, inference, output
+from engine import checkpoints, evaluation_flags, execution, failures, flags, inference, output
+from engine.exported import ExportedDetector, open_exported
 from engine.inference import Inference
+from engine.journal import Journal
+from engine.progress import Progress
 from presets import DetectionPresetEval
 from view import own_images, reports
 
@@ -36,8 +43,14 @@ def find_splits(args: argparse.Namespace, *names: str, needs_images: bool = True
     return coco.find_splits(args.dataset, args.data_path, files, args.val_fraction, needs_images)
 
 
-def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD, list[dict] | None]:
-    """The model of ``--checkpoint``, and its classes if it tells them. Says what was assumed of it."""
+def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD | ExportedDetector, list[dict] | None]:
+    """The model of ``--checkpoint`` or ``--detector``, and its classes if it tells them; says what was assumed."""
+    if args.detector is not None:
+        model = open_exported(args.detector)
+        if model.batch_size not in (None, args.batch_size):
+            utils.print_on_main(f"{args.detector}: takes {model.batch_size} images at a time, whatever --batch-size is")
+            args.batch_size = model.batch_size
+        return model, model.classes
     with utils.main_first():  # so that weights are downloaded once
         asked = (args.model, args.input_scaling, args.default_boxes)
         model, classes = checkpoints.load_model(args.checkpoint, *asked)
@@ -53,34 +66,38 @@ def make_validation_set(
     return CocoEvalDataset(annotations, images_dir, preset, skip_bad_images=args.on_bad_image == "skip")
 
 
+def inference_settings(args: argparse.Namespace, device: torch.device) -> dict:
+    """What the flags say of how ``inference.infer`` and ``infer_in_turn`` detect."""
+    return {
+        "batch_size": args.batch_size,
+        "workers": args.workers,
+        "loader_timeout": args.loader_timeout,
+        "autocast": execution.make_autocast(device, args.amp),
+    }
+
+
 def make_infer(args: argparse.Namespace, device: torch.device) -> Callable[..., Inference | None]:
     """``inference.infer`` with the settings that the flags name."""
-    return partial(
-        inference.infer,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        loader_timeout=args.loader_timeout,
-        autocast=execution.make_autocast(device, args.amp),
-        with_loss=args.val_loss,
-    )
+    return partial(inference.infer, **inference_settings(args, device), with_loss=args.val_loss)
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
-    """Scores ``--checkpoint`` or ``--detections`` on the validation set."""
+    """Scores ``--checkpoint``, ``--detector`` or ``--detections`` on the validation set."""
     files = ["metrics.json", *(["detections.json"] if args.detections is None else [])]
     output.prepare(Path(args.output_dir), files, folders=["pictures"] if args.pictures else [])
-    needs_images = args.checkpoint is not None or args.pictures > 0
+    needs_images = args.detections is None or args.pictures > 0
     split = find_splits(args, "val", needs_images=needs_images)["val"]
     index_dir = Path(args.output_dir) / "annotations"
-    annotations = split.open(index_dir, needs_images, needs_annotations=args.checkpoint is None)
+    annotations = split.open(index_dir, needs_images, needs_annotations=args.detections is not None)
     if not annotations.has_annotations and (args.val_loss or args.pictures):
         raise ValueError(
             f"{annotations.path}: has no annotations, which --val-loss and --pictures need; --images draws"
         )
     if args.detections is None:
         model, classes = open_model(args, device)
-        annotations = checkpoints.check_knows(model, classes, args.checkpoint, annotations)
-        utils.print_on_main(f"Evaluating {args.checkpoint} on {len(annotations.image_ids)} images ({annotations.path})")
+        name = args.checkpoint or args.detector
+        annotations = checkpoints.check_knows(model, classes, name, annotations)
+        utils.print_on_main(f"Evaluating {name} on {len(annotations.image_ids)} images ({annotations.path})")
         dataset = make_validation_set(args, model, annotations, split.images_dir)
         found = make_infer(args, device)(model, dataset, annotations.category_id_of)
     else:
@@ -91,8 +108,6 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
 
 def read_detections(args: argparse.Namespace, annotations: CocoAnnotations) -> Inference | None:
     """What ``--detections`` holds, on the main process; None elsewhere."""
-    if args.val_loss:
-        raise ValueError("--val-loss needs a model: give --checkpoint instead of --detections")
     if not utils.is_main():
         return None
     detections, notes = scoring.read_results(args.detections, annotations)
@@ -127,64 +142,72 @@ def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: P
 
 
 def detect_on_images(args: argparse.Namespace, device: torch.device) -> None:
-    """Writes what ``--checkpoint`` finds in ``--images``."""
-    if args.checkpoint is None or args.val_loss or args.pictures:
-        raise ValueError("--images has no ground truth and draws all: give --checkpoint, no --val-loss, no --pictures")
+    """Writes what the model finds in ``--images``, of each image as soon as it is known."""
     output_dir = Path(args.output_dir)
-    output.prepare(output_dir, ["detections.json"], folders=["pictures"])
-    paths = own_images.find_images(args.images, output_dir)
+    min_score = reports.MIN_SHOWN_SCORE if args.min_score is None else args.min_score
+    output.prepare(output_dir, ["detections.json", "detections.jsonl"], [] if args.json_only else ["pictures"])
+    paths = {path.name: path for path in own_images.find_images(args.images, output_dir)}
     model, classes = open_model(args, device)
     names = own_images.class_names(classes, model.num_classes)
+    folder = str(next(iter(paths.values())).resolve().parent)
+    model_flags = {"--checkpoint": args.checkpoint, "--detector": args.detector}
+    origin = {"--images": folder, **model_flags, "--min-score": min_score}
+    journal = Journal(output_dir, origin, has_pictures=not args.json_only)
+    left = utils.run_on_main(lambda: journal.begin([*paths], args.skip_done))
+    utils.print_on_main(f"Detecting on {len(left)} of {len(paths)} images in {folder}")
+
+    def finish(index: int, fault: str, detections: ndarray) -> dict:
+        name = left[index]
+        detections = own_images.at_least(detections, min_score)
+        if not (fault or args.json_only):
+            own_images.write_picture(paths[name], detections, names, min_score, journal.picture_of(name))
+        return own_images.describe(name, fault, detections, names)
+
     preset = DetectionPresetEval(size=model.size)
-    dataset = own_images.ImageFiles(paths, preset, skip_bad_images=args.on_bad_image == "skip")
-    found = make_infer(args, device)(model, dataset, {label: label for label in names})
-    if found is not None:
-        own_images.report(output_dir, dataset, found.detections, found.faults, names)
-        print(f"The detections on {len(dataset)} images are in {output_dir}")
+    dataset = own_images.ImageFiles([paths[name] for name in left], preset, args.on_bad_image == "skip")
+    settings = inference_settings(args, device)
+    progress = Progress(len(left))
+    for found in inference.infer_in_turn(model, dataset, {label: label for label in names}, **settings, finish=finish):
+        journal.add(found)
+        progress.add([own_images.as_line(one) for one in found])
+    if utils.is_main():
+        journal.finish([*paths])
+        progress.finish(f"The detections on {len(paths)} images are in {output_dir}")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes the model of ``--checkpoint`` to the file ``--export``."""
+    file, part = Path(args.export), args.export_part or "detections"
+    ssd.check_export_target(file)
+    output.prepare(file.parent, [file.name], flag="--export")
+    model, classes = open_model(args, torch.device("cpu"))
+    names = own_images.class_names(classes, model.num_classes)
+    classes = classes or [{"label": label, "name": name} for label, name in names.items()]
+    utils.run_on_main(lambda: ssd.export_model(model.eval(), file, part, classes))
+    size = f"{file.stat().st_size / 1e6:.1f} MB"
+    utils.print_on_main(f"Exported to {file}: {part} of {len(classes)} classes, {size}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to evaluate")
-    source = what.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", metavar="NAME_OR_FILE", help="file, or SSD300_VGG16_Weights.COCO_V1")
-    source.add_argument("--detections", metavar="FILE", help="score a file in COCO's results format, without a model")
-    what.add_argument("--images", metavar="PATH", help="an image or a folder of images to detect on, without scoring")
     groups = flags.add_groups(parser)
     flags.add_common_flags(groups)
-    groups["model"].add_argument(
-        "--model",
-        choices=ssd.list_models(),
-        metavar="NAME",
-        help="for a bare state dict, see docs/models.md (default: ssd300_vgg16); a checkpoint knows its own",
-    )
-    flags.add_batch_size(groups["speed"], default=8)
-    log = groups["log and checkpoints"]
-    log.add_argument(
-        "--scorer",
-        choices=["pycocotools", "hotcoco"],
-        default="pycocotools",
-        help="the same figures; hotcoco needs far less time (default: %(default)s)",
-    )
-    log.add_argument(
-        "--pictures",
-        type=flags.not_negative,
-        default=0,
-        metavar="N",
-        help="draw N images, and charts (default: %(default)s)",
-    )
-    log.add_argument("--pictures-by", choices=reports.ORDERS, default="first", help="which images (default: first)")
+    evaluation_flags.add_evaluation_flags(what, groups, reports.ORDERS)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    device = utils.init_distributed(args.device, args.dist_timeout)
-    if args.images is None:
-        args.output_dir = args.output_dir or "out/evaluation"
-        evaluate(args, device)
-    else:
+    evaluation_flags.check(args)
+    device = utils.init_distributed("cpu" if args.detector else args.device, args.dist_timeout)
+    if args.export is not None:
+        export(args)
+    elif args.images is not None:
         args.output_dir = args.output_dir or "out/images"
         detect_on_images(args, device)
+    else:
+        args.output_dir = args.output_dir or "out/evaluation"
+        evaluate(args, device)
     utils.cleanup_distributed()
 
 

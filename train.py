@@ -71,7 +71,7 @@ def train_one_epoch(
     """
     state.model.train()
     step_batches, step_losses = [], []
-    for batch in utils.moved_batches(log.watch(loader), state.model.default_boxes.device):
+    for batch in utils.moved_batches(log.watch(loader), state.model.device):
         completes_step = state.completes_step
         with utils.averaging_gradients(batch_losses, enabled=completes_step):
             losses = batch_losses(batch)
@@ -203,7 +203,7 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[i
 
 def make_batch_losses(args: argparse.Namespace, model: ssd.SSD, preset: DetectionPresetTrain, log: RunLog) -> nn.Module:
     """The way from a batch to its losses, compiled and distributed as the flags say."""
-    batch_losses = BatchLosses(model, preset, execution.make_autocast(model.default_boxes.device, args.amp))
+    batch_losses = BatchLosses(model, preset, execution.make_autocast(model.device, args.amp))
     if args.compile:
         log.info("Compiling: the first step takes longer, up to minutes")
         execution.compile_whole(batch_losses, args.compile)

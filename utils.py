@@ -173,19 +173,20 @@ def gather_to_main(value) -> list | None:
     return values
 
 
-def run_on_main(work: Callable[[], None]) -> None:
-    """Runs ``work`` on the main process while the others wait. If it raises an error, all processes do."""
-    error = None
+def run_on_main(work: Callable):
+    """What ``work`` returns on the main process, for all, which wait. If it raises an error, all of them do."""
+    value = error = None
     if is_main():
         try:
-            work()
+            value = work()
         except Exception as raised:
             error = raised
-    errors = [error]
+    outcome = [value, error]
     if dist.is_initialized():
-        dist.broadcast_object_list(errors, src=0, group=groups["host"])
-    if errors[0] is not None:
-        raise common(error or errors[0])
+        dist.broadcast_object_list(outcome, src=0, group=groups["host"])
+    if outcome[1] is not None:
+        raise common(error or outcome[1])
+    return outcome[0]
 
 
 def common(error: Exception) -> Exception:

@@ -18,7 +18,8 @@ from coco import (
     is_turned,
 )
 
-from . import loading, run_log
+from . import loading
+from .progress import LiveLine, bar
 
 IMAGES_AT_A_TIME = 8
 
@@ -96,13 +97,13 @@ def faults_of_images(
     dataset = ImageFaults(annotations, images_dir)
     settings = {"batch_size": IMAGES_AT_A_TIME, "collate_fn": list}
     loader = loading.make_loader(dataset, workers, loader_timeout, **settings)
-    line, done, num_turned = run_log.LiveLine(), 0, 0
+    line, done, num_turned = LiveLine(), 0, 0
     for found in loader:
         done += len(found)
         num_turned += sum(turned for _, turned in found)
         line.clear()
         yield from (fault for fault, _ in found if fault)
-        line.show(f"{images_dir} {run_log.bar(done, len(dataset))}")
+        line.show(f"{images_dir} {bar(done, len(dataset))}")
     line.clear()
     if num_turned:
         print(f"note: {annotations.path}: {num_turned} images have their size when turned as EXIF data say: turned")

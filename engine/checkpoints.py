@@ -13,6 +13,7 @@ import ssd
 import utils
 from coco import CocoAnnotations, check_same_classes
 
+from .exported import ExportedDetector
 from .training_state import TrainingState
 
 LATEST, BEST = "checkpoint.pth", "best.pth"
@@ -221,14 +222,16 @@ def load_model(
 
 
 def check_knows(
-    model: ssd.SSD, classes: list[dict] | None, checkpoint: str, annotations: CocoAnnotations
+    model: ssd.SSD | ExportedDetector, classes: list[dict] | None, checkpoint: str, annotations: CocoAnnotations
 ) -> CocoAnnotations:
     """The annotations, with the classes of ``checkpoint`` where they leave classes open.
+
+    Classes without ids, whose names were assumed when a file was exported, say nothing.
 
     Raises:
         ValueError: its model was trained on other classes.
     """
-    if classes is not None:
+    if classes is not None and all("id" in one for one in classes):
         annotations = annotations.with_classes(classes)
         check_same_classes(classes, checkpoint, annotations)
     if not annotations.categories:

@@ -1,8 +1,9 @@
 """Detecting on every image once, whatever the number of processes, and what comes of it."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import utils
 from coco import CocoAnnotations, scoring, voc_scoring
 
 from . import collapse, loading
+from .exported import ExportedDetector
 
 LOSSES = ("bbox_regression", "classification", "positives")
 
@@ -35,9 +37,43 @@ class Inference:
     dependence: list[float] | None = None  # of the predictions on the image, see ``collapse.image_dependence``
 
 
+@dataclass
+class Predicted:
+    """A batch and what a model says of it."""
+
+    batch: dict  # of the loader
+    images: Tensor  # [B, 3, size, size], on the model's device
+    outputs: dict[str, Tensor]  # of the model
+    detections: list[dict[str, Tensor]]  # of each image, in its pixels
+
+
+@torch.inference_mode()
+def predict_batches(
+    model: ssd.SSD | ExportedDetector, loader: DataLoader, autocast: AbstractContextManager
+) -> Iterator[Predicted]:
+    """Runs ``model`` over the batches of ``loader``.
+
+    Raises:
+        FloatingPointError: the model predicts boxes or scores that are not finite.
+    """
+    model.eval()
+    for batch in loader:
+        images = batch["image"].to(model.device, non_blocking=True)
+        with autocast:
+            outputs = predict(model, images, loader.batch_size)
+        try:
+            detections = model.postprocess_detections(outputs, batch["size"].to(model.device))
+        except ssd.NotFiniteError as error:
+            broken = [batch["image_id"][row] for row in error.rows]
+            raise FloatingPointError(
+                f"the model's predictions are not finite on images {broken}: its weights are broken"
+            ) from None
+        yield Predicted(batch, images, outputs, detections)
+
+
 @torch.inference_mode()
 def detect(
-    model: ssd.SSD,
+    model: ssd.SSD | ExportedDetector,
     loader: DataLoader,
     category_id_of: dict[int, int],
     autocast: AbstractContextManager,
@@ -49,29 +85,20 @@ def detect(
     Raises:
         FloatingPointError: the model predicts boxes or scores that are not finite.
     """
-    model.eval()
-    device = model.default_boxes.device
     start = time.perf_counter()
     image_ids, detections, losses, faults = [np.zeros(0, np.int64)], [np.zeros((0, 7))], [np.zeros((0, 3))], []
     watched = collapse.Watched(len(loader.dataset))
-    for batch in loader:
-        images = batch["image"].to(device, non_blocking=True)
-        with autocast:
-            outputs = predict(model, images, loader.batch_size)
-        try:
-            results = model.postprocess_detections(outputs, batch["size"].to(device))
-        except ssd.NotFiniteError as error:
-            broken = [batch["image_id"][row] for row in error.rows]
-            raise FloatingPointError(
-                f"the model's predictions are not finite on images {broken}: its weights are broken"
-            ) from None
-        watched.add(images, outputs["cls_logits"], batch["fault"])
+    for predicted in predict_batches(model, loader, autocast):
+        batch = predicted.batch
+        if model.boxes_per_map:
+            watched.add(predicted.images, predicted.outputs["cls_logits"], batch["fault"])
         if with_loss:
-            sums = model.sum_losses(outputs, *coco_utils.split_objects(batch["objects"].to(device)))
+            objects = coco_utils.split_objects(batch["objects"].to(model.device))
+            sums = model.sum_losses(predicted.outputs, *objects)
             losses.append(torch.stack([sums[name] for name in LOSSES], dim=1).double().cpu().numpy())
         image_ids.append(np.array(batch["image_id"], np.int64))
         faults += filter(None, batch["fault"])
-        for image_id, fault, found in zip(batch["image_id"], batch["fault"], results, strict=True):
+        for image_id, fault, found in zip(batch["image_id"], batch["fault"], predicted.detections, strict=True):
             if not fault:
                 detections.append(scoring.detections_to_array(image_id, found, category_id_of))
         after_batch()
@@ -81,7 +108,7 @@ def detect(
     return Inference(np.concatenate(image_ids), np.concatenate(detections), losses, faults, seconds, dependence)
 
 
-def predict(model: ssd.SSD, images: Tensor, batch_size: int) -> dict[str, Tensor]:
+def predict(model: ssd.SSD | ExportedDetector, images: Tensor, batch_size: int) -> dict[str, Tensor]:
     """What the model says of images [N, 3, size, size], which it gets as a whole batch.
 
     Rounding may depend on a batch's size. If the last batch were smaller, results would depend on how many processes
@@ -94,7 +121,7 @@ def predict(model: ssd.SSD, images: Tensor, batch_size: int) -> dict[str, Tensor
 
 
 def infer(
-    model: ssd.SSD,
+    model: ssd.SSD | ExportedDetector,
     dataset: Dataset,
     category_id_of: dict[int, int],
     *,
@@ -119,17 +146,59 @@ def infer(
     Returns:
         On the main process what all have found, by image in the order of their ids; None elsewhere.
     """
-    share = Subset(dataset, range(utils.rank(), len(dataset), utils.world_size()))
-    on_gpu = model.default_boxes.device.type == "cuda"
-    loader = loading.make_loader(
-        share, workers, loader_timeout, pin_memory=on_gpu, batch_size=batch_size, collate_fn=coco_utils.collate
-    )
+    loader, most_batches = share_images(model, dataset, batch_size, workers, loader_timeout)
     found = detect(model, loader, category_id_of, autocast, with_loss, after_batch)
-    most_batches = math.ceil(math.ceil(len(dataset) / utils.world_size()) / batch_size)
     for _ in range(most_batches - len(loader)):
         after_batch()
     shares = utils.gather_to_main(found)
     return None if shares is None else merge(shares, dataset.image_ids)
+
+
+def infer_in_turn(
+    model: ssd.SSD | ExportedDetector,
+    dataset: Dataset,
+    category_id_of: dict[int, int],
+    *,
+    batch_size: int,
+    workers: int,
+    loader_timeout: float,
+    autocast: AbstractContextManager,
+    finish: Callable[[int, str, ndarray], object],
+) -> Iterator[list]:
+    """Detects like ``infer``, but hands over what was found as soon as all processes have done a batch.
+
+    Args:
+        model, dataset, category_id_of, batch_size, workers, loader_timeout, autocast: as of ``infer``.
+        finish: makes of an image's id, its fault and its detections [N, 7] what is handed over, where it was detected.
+
+    Yields:
+        On the main process that of the next images, in the order of the data set; elsewhere nothing.
+    """
+    loader, most_batches = share_images(model, dataset, batch_size, workers, loader_timeout)
+    batches = predict_batches(model, loader, autocast)
+    for _ in range(most_batches):
+        predicted = next(batches, None)
+        finished = []
+        if predicted is not None:
+            batch = predicted.batch
+            for image_id, fault, found in zip(batch["image_id"], batch["fault"], predicted.detections, strict=True):
+                detections = scoring.detections_to_array(image_id, found, {} if fault else category_id_of)
+                finished.append(finish(image_id, fault, detections))
+        shares = utils.gather_to_main(finished)
+        if shares is not None:
+            yield [one for turn in itertools.zip_longest(*shares) for one in turn if one is not None]
+
+
+def share_images(
+    model: ssd.SSD | ExportedDetector, dataset: Dataset, batch_size: int, workers: int, loader_timeout: float
+) -> tuple[DataLoader, int]:
+    """Loads every so many-th image, for this process, and says how many batches the process with most of them has."""
+    share = Subset(dataset, range(utils.rank(), len(dataset), utils.world_size()))
+    on_gpu = model.device.type == "cuda"
+    loader = loading.make_loader(
+        share, workers, loader_timeout, pin_memory=on_gpu, batch_size=batch_size, collate_fn=coco_utils.collate
+    )
+    return loader, math.ceil(math.ceil(len(dataset) / utils.world_size()) / batch_size)
 
 
 def merge(shares: list[Inference], expected_ids: ndarray) -> Inference:

@@ -46,27 +46,28 @@ def unfailing(stream: TextIO | None) -> TextIO:
     return io.TextIOWrapper(io.BufferedWriter(file), stream.encoding, errors="replace", line_buffering=by_lines)
 
 
-def prepare(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
+def prepare(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = (), flag: str = "--output-dir") -> None:
     """Makes the output folder, and sees whether it takes files: before hours of work, whose results it is for.
 
     Args:
         folder: the output folder.
         files: names of what will be written there; a file of an earlier evaluation must be one that may be changed.
         folders: names of folders in it, which are made and tried too.
+        flag: that names it.
 
     Raises:
         ValueError: it does not, on all processes.
     """
 
     def try_all() -> None:
-        try_to_write(folder, files)
+        try_to_write(folder, files, flag)
         for name in folders:
-            try_to_write(folder / name)
+            try_to_write(folder / name, (), flag)
 
     utils.run_on_main(try_all)
 
 
-def try_to_write(folder: Path, files: Iterable[str] = ()) -> None:
+def try_to_write(folder: Path, files: Iterable[str], flag: str) -> None:
     path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +77,4 @@ def try_to_write(folder: Path, files: Iterable[str] = ()) -> None:
             if path.exists():
                 path.open("ab").close()
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be written ({error.strerror}); mend that, or name another --output-dir"
-        ) from None
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); mend that, or name another {flag}") from None

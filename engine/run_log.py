@@ -1,12 +1,7 @@
 """The log of a run: console, ``metrics.jsonl`` and TensorBoard."""
 
-import contextlib
-import datetime
 import json
-import os
 import resource
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,27 +15,8 @@ from torch import Tensor
 import utils
 from view import reports
 
-
-class LiveLine:
-    """A line on a terminal that each ``show`` overwrites; writes nothing where the output goes to a file."""
-
-    def __init__(self):
-        self.is_shown = False
-
-    def show(self, text: str) -> None:
-        if sys.stdout.isatty():
-            self.is_shown = True
-            print("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
-
-    def clear(self) -> None:
-        if self.is_shown:
-            print("\r\x1b[K", end="", flush=True)
-            self.is_shown = False
-
-
-def bar(done: int, total: int, width: int = 20) -> str:
-    filled = width * done // total
-    return f"{done:6}/{total} [{'#' * filled}{'.' * (width - filled)}]"
+from .json_lines import add_records, read_records, write_records
+from .progress import LiveLine, as_time, bar
 
 
 class RunLog:
@@ -79,9 +55,8 @@ class RunLog:
             print(text, flush=True)
 
     def record(self, record: dict) -> None:
-        """Adds a line to metrics.jsonl, which is open no longer than that: a run that fails leaves nothing open."""
-        with self.path.open("a") as file:
-            print(json.dumps(record), file=file)
+        """Adds a line to metrics.jsonl."""
+        add_records(self.path, [record])
 
     def live(self, text: str) -> None:
         if self.enabled:
@@ -144,15 +119,6 @@ class RunLog:
             self.tensorboard.close()
 
 
-def read_records(path: Path) -> list[dict]:
-    """What the lines of metrics.jsonl hold, without one that a crash cut short."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
-
-
 def keep_earlier_records(path: Path, last_steps: dict[str, int]) -> list[dict]:
     """Keeps the lines of metrics.jsonl up to the last step of their kind; a line cut short by a crash goes too.
 
@@ -160,9 +126,7 @@ def keep_earlier_records(path: Path, last_steps: dict[str, int]) -> list[dict]:
         What those lines hold.
     """
     kept = [record for record in read_records(path) if record["step"] <= last_steps.get(record["kind"], 0)]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(temporary, path)
+    write_records(path, kept)
     return kept
 
 
@@ -268,10 +232,6 @@ class StepLog:
         self.log.info(self.last_line)
         self.log.metrics("train", self.global_step, means | rates, epoch=self.epoch)
         self.start_window()
-
-
-def as_time(seconds: float) -> datetime.timedelta:
-    return datetime.timedelta(seconds=round(seconds))
 
 
 def max_memory() -> float:

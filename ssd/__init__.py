@@ -14,25 +14,29 @@ initialisation.py  how layers begin that have no weights
 family.py          every backbone at its input sizes, as a whole model
 weights.py         where weights come from: files, and torchvision's enums
 vgg_weights.py     what a VGG brings along: its convolutions, and its classifier as fc6 and fc7
+export.py          the model as a file that runs without this repository
 files.py           files of tensors: written whole or not at all, sealed, read as plain data
 """
 
 from .backbones import SSDFeatureExtractorLight, SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
 from .boxes import BoxCoder, pairwise_iou
 from .default_boxes import CAFFE_DEFAULT_BOXES, DefaultBoxGenerator, guess_default_boxes
+from .export import EXPORT_OUTPUTS, METADATA_FILE, check_export_target, export_model
 from .family import get_model, list_models
-from .files import VERSION, load_file, save_file
+from .files import VERSION, first_line, load_file, save_file
 from .head import SSDHead
 from .initialisation import WEIGHT_INITS
 from .matcher import SSDMatcher
 from .model import INPUT_SCALINGS, SSD
-from .postprocess import NotFiniteError
+from .postprocess import NotFiniteError, check_finite, postprocess, resize_boxes
 from .ssdlite import SSDLiteFeatureExtractorMobileNet
 from .weights import find_published, is_enum_name, not_finite, told
 
 __all__ = [
     "CAFFE_DEFAULT_BOXES",
+    "EXPORT_OUTPUTS",
     "INPUT_SCALINGS",
+    "METADATA_FILE",
     "SSD",
     "VERSION",
     "WEIGHT_INITS",
@@ -45,7 +49,11 @@ __all__ = [
     "SSDHead",
     "SSDLiteFeatureExtractorMobileNet",
     "SSDMatcher",
+    "check_export_target",
+    "check_finite",
+    "export_model",
     "find_published",
+    "first_line",
     "get_model",
     "guess_default_boxes",
     "is_enum_name",
@@ -53,6 +61,8 @@ __all__ = [
     "load_file",
     "not_finite",
     "pairwise_iou",
+    "postprocess",
+    "resize_boxes",
     "save_file",
     "told",
 ]

@@ -19,13 +19,13 @@ from torchvision.ops import nms
 from .files import write_file
 from .model import SSD
 
-OUTPUTS = {
+EXPORT_OUTPUTS = {
     "detections": ("boxes", "scores", "labels", "counts"),
     "raw": ("cls_logits", "bbox_regression", "default_boxes"),
 }
 PACKAGES = {".onnx": ("onnx", "onnxscript"), ".pt2": ()}
 OPSET = 18  # of ONNX; what others read is often years behind
-METADATA_FILE = "metadata.json"  # within a pt2 file
+METADATA_FILE = "metadata.json"  # in a pt2 file
 # boxes [G, T, 4], scores [G, T], thresholds of score and IoU, how many to keep of a group -> int64 [M, 2]
 Suppress = Callable[[Tensor, Tensor, float, float, int], Tensor]
 
@@ -138,7 +138,7 @@ def suppress_with_onnx(boxes, scores, score_thresh: float, iou_thresh: float, mo
     return op.Gather(selected, op.Constant(value_ints=[0, 2]), axis=1)  # without the class, which is 0
 
 
-def check_target(path: str | Path) -> None:
+def check_export_target(path: str | Path) -> None:
     """Raises ValueError unless ``path`` ends as a format does whose packages are there."""
     suffix = Path(path).suffix
     if suffix not in PACKAGES:
@@ -148,20 +148,20 @@ def check_target(path: str | Path) -> None:
         raise ValueError(f"{path}: to write it, Python needs more packages: pip install {' '.join(missing)}")
 
 
-def export(model: SSD, path: str | Path, part: str, classes: list[dict]) -> None:
+def export_model(model: SSD, path: str | Path, part: str, classes: list[dict]) -> None:
     """Writes a model, on a CPU and in ``eval`` mode, for batches of any size.
 
     Args:
         model: what is exported.
         path: a file that ends with ``.onnx`` or ``.pt2``.
-        part: a key of ``OUTPUTS``; the file has these outputs.
-        classes: ``label``, ``id`` and ``name`` of each, for the metadata.
+        part: a key of ``EXPORT_OUTPUTS``; the file has these outputs.
+        classes: ``label`` and ``name`` of each, and ``id``, that of its category, if it is known; for the metadata.
 
     Raises:
         ValueError: the name has another ending, or a package is missing.
         OSError: the file cannot be written; an earlier one is as it was.
     """
-    check_target(path)
+    check_export_target(path)
     metadata = describe(model, part, classes)
     to_bytes = to_onnx if Path(path).suffix == ".onnx" else to_pt2
     with warnings.catch_warnings():
@@ -177,6 +177,7 @@ def describe(model: SSD, part: str, classes: list[dict]) -> dict[str, str]:
         "part": part,
         "input": f"float32 [batch, 3, {size}, {size}]: RGB, 0 to 255, the whole image resized without antialiasing",
         "size": str(size),
+        "num_classes": str(model.num_classes),
         "input_scaling": f"{model.input_scaling}, within the model",
         "classes": json.dumps(classes),
         **{name: str(value) for name, value in model.thresholds.items()},
@@ -205,7 +206,7 @@ def to_onnx(model: SSD, part: str, metadata: dict[str, str]) -> bytes:
         verbose=False,
         opset_version=OPSET,
         input_names=["images"],
-        output_names=OUTPUTS[part],
+        output_names=EXPORT_OUTPUTS[part],
         dynamic_shapes=({0: "batch"},),
         custom_translation_table={torch.ops.ssd.suppress.default: suppress_with_onnx},
     )

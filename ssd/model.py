@@ -166,6 +166,10 @@ class SSD(nn.Module):
         }
 
     @property
+    def device(self) -> torch.device:
+        return self.default_boxes.device
+
+    @property
     def thresholds(self) -> dict[str, float]:
         """What decides which predictions become detections: the keyword arguments of ``postprocess``."""
         names = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")

@@ -1,7 +1,6 @@
 """``evaluate.py --images``: detections on images without annotations, as pictures and as json."""
 
-import json
-from collections.abc import Iterator
+import re
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +13,13 @@ from torchvision.models.detection import SSD300_VGG16_Weights
 
 from coco import SUFFIXES, DataError, is_image_name, load_or_skip, load_upright
 
-from . import pictures, reports
+from . import pictures
 
 MAX_NAMED = 10
 
 
 def find_images(path: str | Path, output_dir: Path) -> list[Path]:
-    """The image that ``path`` names, or the images of that folder, by name; hidden files are none.
+    """The image that ``path`` names, or the images of that folder, frame_2 before frame_10; hidden files are none.
 
     Raises:
         DataError: there are none, or they are where the pictures for ``output_dir`` will be.
@@ -33,12 +32,17 @@ def find_images(path: str | Path, output_dir: Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"{path}: no such image or folder")
     try:
-        found = sorted(file for file in path.iterdir() if is_image_name(file.name) and file.is_file())
+        found = [file for file in path.iterdir() if is_image_name(file.name) and file.is_file()]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not found:
         raise DataError(f"{path}: has no image; looked for {', '.join(SUFFIXES)}")
-    return found
+    return sorted(found, key=lambda file: (split_numbers(file.name), file.name))
+
+
+def split_numbers(name: str) -> list[str | int]:
+    """The parts of a name, text and number in turn, to sort by: so that a number counts as such."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def class_names(classes: list[dict] | None, num_classes: int) -> dict[int, str]:
@@ -81,49 +85,37 @@ class ImageFiles(Dataset):
         }
 
 
-def report(
-    output_dir: Path, dataset: ImageFiles, detections: ndarray, faults: list[str], names: dict[int, str]
-) -> None:
-    """Writes detections.json and a picture of each image, and prints a line for each.
-
-    Args:
-        output_dir: where to.
-        dataset: the images.
-        detections: [N, 7], image by image, as ``scoring.detections_to_array`` makes them, of labels not categories.
-        faults: of images that were skipped.
-        names: of the labels.
-    """
-    results = [
-        {"file_name": dataset.paths[int(i)].name, "category": names[label], "bbox": box, "score": score}
-        for i, *box, score, label in detections.tolist()
-    ]
-    (output_dir / "detections.json").write_text(json.dumps(results))
-    for fault in faults:
-        print(f"Skipped {fault}")
-    reports.write_pictures(output_dir, draw_images(dataset, detections, names))
+def at_least(detections: ndarray, min_score: float) -> ndarray:
+    """Those of detections [N, 7] with such a score, surest first."""
+    detections = detections[detections[:, 5] >= min_score]
+    return detections[np.argsort(-detections[:, 5], kind="stable")]
 
 
-def draw_images(dataset: ImageFiles, detections: ndarray, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
-    """A name and a picture of each image, and a printed line of what is on it."""
-    bounds = np.searchsorted(detections[:, 0], np.arange(len(dataset) + 1))
-    for index, path in enumerate(dataset.paths):
-        found = detections[bounds[index] : bounds[index + 1]]
-        found = found[found[:, 5] >= reports.MIN_SHOWN_SCORE]
-        found = found[np.argsort(-found[:, 5], kind="stable")]
-        try:
-            picture = draw(load_upright(path)[..., :3], found, names)
-        except DataError:  # one of the faults
-            continue
-        texts = [f"{names[label]} {score:.2f}" for score, label in found[:MAX_NAMED, 5:].tolist()]
-        print(f"{path.name}: {', '.join(texts) or 'nothing'}{', ...' if len(found) > MAX_NAMED else ''}")
-        yield f"{index:04d}_{path.name}", picture
+def describe(file_name: str, fault: str, detections: ndarray, names: dict[int, str]) -> dict:
+    """What is known of an image: detections [N, 7] of labels, or why there are none; plain data."""
+    found = [{"category": names[label], "bbox": box, "score": score} for _, *box, score, label in detections.tolist()]
+    return {"file_name": file_name, "fault": fault, "detections": found}
 
 
-def draw(image: ndarray, detections: ndarray, names: dict[int, str]) -> Tensor:
-    """An image with its detections [N, 7], surest first: uint8 [3, H, W]."""
+def as_line(described: dict) -> str:
+    """For the console: what is on an image, the surest first."""
+    if described["fault"]:
+        return f"Skipped {described['fault']}"
+    texts = [f"{one['category']} {one['score']:.2f}" for one in described["detections"]]
+    shown = ", ".join(texts[:MAX_NAMED]) or "nothing"
+    return f"{described['file_name']}: {shown}{', ...' if len(texts) > MAX_NAMED else ''}"
+
+
+def write_picture(path: Path, detections: ndarray, names: dict[int, str], min_score: float, destination: Path) -> None:
+    """Draws an image with what was found in it."""
+    pictures.save_png(draw(load_upright(path)[..., :3], detections, names, min_score), destination)
+
+
+def draw(image: ndarray, detections: ndarray, names: dict[int, str], min_score: float) -> Tensor:
+    """An image with its detections [N, 7], surest first, all of ``min_score`` or more: uint8 [3, H, W]."""
     image, scale = pictures.fit_for_viewing(image)
     boxes = detections[::-1, 1:5] * scale  # the surest is drawn last
     labels = detections[::-1, 6].astype(int).tolist()
     texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, detections[::-1, 5], strict=True)]
-    caption = f"{len(detections)} detections, score >= {reports.MIN_SHOWN_SCORE}"
+    caption = f"{len(detections)} detections, score >= {min_score:g}"
     return pictures.draw_boxes(image, pictures.to_corners(boxes), labels, texts, caption)
