@@ -52,7 +52,7 @@ def open_model(args: argparse.Namespace, device: torch.device) -> tuple[ssd.SSD 
             args.batch_size = model.batch_size
         return model, model.classes
     with utils.main_first():  # so that weights are downloaded once
-        asked = (args.model, args.input_scaling, args.default_boxes)
+        asked = (args.model, args.input_scaling, args.default_boxes, not args.no_ema)
         model, classes = checkpoints.load_model(args.checkpoint, *asked)
     for note in model.notes:
         utils.print_on_main(note)

@@ -25,7 +25,7 @@ import presets
 import ssd
 import utils
 from coco_utils import CocoTrainDataset, EpochBatchSampler
-from engine import checkpoints, execution, failures, flags, loading, optimization, output, resuming, summary
+from engine import averaging, checkpoints, execution, failures, flags, loading, optimization, output, resuming, summary
 from engine.check_data import check_data
 from engine.checkpoints import Checkpoints
 from engine.divergence import Divergence
@@ -237,7 +237,8 @@ def main(args: argparse.Namespace) -> None:
         optimizer = make_optimizer(args, model)
         lr_scheduler = LambdaLR(optimizer, make_schedule(args, sampler.steps_per_epoch))
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch, args.accumulate)
+        ema = averaging.make_average(model, args.ema)
+        state = TrainingState(model, optimizer, lr_scheduler, scaler, sampler.steps_per_epoch, args.accumulate, ema)
 
         latest_step = resuming.begin_or_continue(output_dir, state, found, annotations, len(dataset))
         del found  # as large as the model and its momenta
@@ -245,7 +246,9 @@ def main(args: argparse.Namespace) -> None:
         saver = Checkpoints(output_dir, args.keep, origin, latest_step)
 
         log = RunLog(output_dir, state.last_steps)
-        log.begin(summary.describe_run(vars(args), base_lr(args), model, dataset, val_annotations), vars(args))
+        last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
+        lines = summary.describe_run(vars(args), base_lr(args), last_step, model, dataset, val_annotations)
+        log.begin(lines, vars(args))
         if state.global_step > 0:
             log.info(f"Continuing after {state.global_step} steps")
         elif log.enabled:
@@ -259,7 +262,6 @@ def main(args: argparse.Namespace) -> None:
         validation = Validation(state, val_dataset, infer, log, output_dir, saver.save_best)
         # signals and --time-limit, after which the state is saved; numbers that are not finite, after which it is not
         stopping = Stopping(interruption, Divergence(output_dir))
-        last_step = min(args.epochs * sampler.steps_per_epoch, args.max_steps or math.inf)
         run = Run(state, last_step, args.eval_freq, args.checkpoint_freq, validation, saver, stopping)
         train(run, batch_losses, sampler, loader, log, args.print_freq)
     folder = args.output_dir

@@ -4,6 +4,7 @@ flags.py             the flags of train.py, and those that evaluate.py shares
 evaluation_flags.py  those of evaluate.py alone
 execution.py         how a device computes: memory layout, precision, compilation
 optimization.py      the optimizer and its learning rate
+averaging.py         the moving average of a model's weights
 training_state.py    what training changes, and one step of it
 loading.py           loader processes: how they start, what they survive, how they end
 checkpoints.py       how checkpoints reach the disk, which of them is sound, which model one holds

@@ -86,7 +86,8 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
 def check_finite(checkpoint: dict, remedy: str) -> None:
     """Raises FloatingPointError if a weight or momentum is nan or infinite."""
     momenta = {f"{name} {i}": m for i, s in checkpoint["optimizer"]["state"].items() for name, m in s.items()}
-    for name in ssd.not_finite(checkpoint["model"] | momenta):
+    average = {f"model_ema {name}": value for name, value in checkpoint.get("model_ema", {}).items()}
+    for name in ssd.not_finite(checkpoint["model"] | average | momenta):
         raise FloatingPointError(f"{name} is no longer finite; {remedy}")
 
 
@@ -184,9 +185,8 @@ def read_checkpoint(path: Path) -> dict:
     checkpoint = ssd.load_file(path)
     if not checkpoint.keys() >= KINDS.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py; to start from its weights use --weights {path}")
-    is_usual = all(isinstance(checkpoint[key], kind) for key, kind in KINDS.items())
-    if not is_usual or type(checkpoint["lr_scheduler"].get("last_epoch")) is not int:
-        raise ValueError(f"{path}: damaged, or made by another program: its content is not that of train.py")
+    if key := unusual_part(checkpoint):
+        raise ValueError(f"{path}: damaged, or made by another program: its {key} is missing, or not that of train.py")
     try:
         check_finite(checkpoint, "the checkpoint is of no use")
     except FloatingPointError as error:
@@ -194,12 +194,26 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
+def unusual_part(checkpoint: dict) -> str | None:
+    """The first key whose value is missing, or of another kind than train.py saves there."""
+    has_average = "model_ema" in checkpoint or ssd.told(checkpoint, "ema") is not None
+    for key, kind in (KINDS | ({"model_ema": dict} if has_average else {})).items():
+        if not isinstance(checkpoint.get(key), kind):
+            return key
+    return None if type(checkpoint["lr_scheduler"].get("last_epoch")) is int else "lr_scheduler"
+
+
 def load_model(
-    checkpoint: str, model_name: str | None, input_scaling: str = "default", default_boxes: str = "default"
+    checkpoint: str,
+    model_name: str | None,
+    input_scaling: str = "default",
+    default_boxes: str = "default",
+    ema: bool = True,
 ) -> tuple[ssd.SSD, list[dict] | None]:
     """The model of a checkpoint (ours, torchvision's, a state dict, or an enum name).
 
-    A ``model_name``, an ``input_scaling`` and ``default_boxes`` are needed where the checkpoint does not tell.
+    A ``model_name``, an ``input_scaling`` and ``default_boxes`` are needed where the checkpoint does not tell. Of one
+    that has the average of its weights too, ``ema`` takes that.
 
     Returns:
         The model, and the classes that a checkpoint of ours tells (``CocoAnnotations.classes``), else None.
@@ -216,7 +230,7 @@ def load_model(
     model_name = model_name or "ssd300_vgg16"
     if model_name not in ssd.list_models():
         raise ValueError(f"{checkpoint}: is of a model that is not known here, {model_name!r}")
-    asked = {"input_scaling": input_scaling, "default_boxes": default_boxes}
+    asked = {"input_scaling": input_scaling, "default_boxes": default_boxes, "ema": ema}
     model = ssd.get_model(model_name, weights=checkpoint, weights_backbone=None, **asked)
     return model, content.get("categories")
 

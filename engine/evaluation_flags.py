@@ -25,6 +25,9 @@ def add_evaluation_flags(what: argparse._ArgumentGroup, groups: Groups, orders: 
         metavar="NAME",
         help="for a bare state dict, see docs/models.md (default: ssd300_vgg16); a checkpoint knows its own",
     )
+    groups["model"].add_argument(
+        "--no-ema", action="store_true", help="the weights themselves, where a checkpoint has their average too"
+    )
     add_batch_size(groups["speed"], default=8)
     add_report_flags(groups["log and checkpoints"], [*orders])
 
@@ -90,7 +93,7 @@ def check(args: argparse.Namespace) -> None:
 def check_detector(args: argparse.Namespace) -> None:
     """Raises ValueError for a flag that the file of ``--detector`` decides."""
     given = {"--model": args.model, "--amp": args.amp, "--val-loss": args.val_loss or None}
-    given |= {"--device": None if args.device == "cpu" else args.device}
+    given |= {"--no-ema": args.no_ema or None, "--device": None if args.device == "cpu" else args.device}
     given |= {"--input-scaling": args.input_scaling, "--default-boxes": args.default_boxes}
     refused = [flag for flag, value in given.items() if value not in (None, "default")]
     if refused:

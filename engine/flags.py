@@ -266,6 +266,12 @@ def add_optimization_flags(group: argparse._ArgumentGroup) -> None:
         help="batches of a process per step (default: %(default)s)",
     )
     add(
+        "--ema",
+        type=proper_fraction,
+        metavar="DECAY",
+        help="evaluate the moving average of the weights, of which a step keeps so much (default: none)",
+    )
+    add(
         "--seed",
         type=not_negative,
         default=0,

@@ -29,6 +29,7 @@ FIXED_FLAGS = (
     "momentum",
     "weight_decay",
     "norm_weight_decay",
+    "ema",
     "freeze_backbone",
     "trainable_backbone_layers",
     "input_scaling",

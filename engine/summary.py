@@ -10,13 +10,14 @@ from .optimization import norm_layers
 
 
 def describe_run(
-    flags: dict, base_lr: float, model: ssd.SSD, dataset: CocoTrainDataset, val: CocoAnnotations
+    flags: dict, base_lr: float, last_step: int, model: ssd.SSD, dataset: CocoTrainDataset, val: CocoAnnotations
 ) -> Iterator[str]:
     """All of it.
 
     Args:
         flags: of train.py, by their names in Python.
         base_lr: the learning rate after the warm-up.
+        last_step: of the run.
         model: what is trained.
         dataset: what it is trained on.
         val: what it is evaluated on.
@@ -25,6 +26,8 @@ def describe_run(
     yield from describe_model(model, flags["model"], flags["weights"])
     has_fc = isinstance(model.backbone, ssd.SSDFeatureExtractorVGG)
     yield from describe_flags(flags, base_lr, has_norm=bool(norm_layers(model)), has_fc=has_fc)
+    if flags["ema"] is not None:
+        yield describe_average(flags["ema"], last_step)
 
 
 def describe_data(dataset: CocoTrainDataset, val: CocoAnnotations, epoch_samples: int) -> Iterator[str]:
@@ -71,3 +74,12 @@ def describe_flags(flags: dict, base_lr: float, has_norm: bool, has_fc: bool) ->
     )
     if flags["aspect_ratio_group_factor"] is not None:
         yield "--aspect-ratio-group-factor has no effect: SSD resizes every image to a square"
+
+
+def describe_average(decay: float, last_step: int) -> str:
+    """How far back the average of the weights reaches, and whether that is too far for a run of so many steps."""
+    text = f"Evaluated is the average of the weights over about {1 / (1 - decay):,.0f} steps (--ema {decay})"
+    of_first = decay ** (last_step - 1)
+    if of_first >= 0.01:
+        text += f"; after the {last_step:,} of this run {of_first:.0%} of it are still those of the first: lower --ema"
+    return text

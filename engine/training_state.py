@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 import ssd
 import utils
+
+from .averaging import update_average
 
 MAX_OVERFLOWS_IN_A_ROW = 50  # GradScaler halves its scale at each; from 2 ** 16 that is far below any use
 
@@ -23,6 +26,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
     accumulate: int = 1
+    ema: AveragedModel | None = None  # of the weights, over the steps
     evaluated_step: int = 0
     best_ap: float = -1.0
     num_parts: int = 0  # batches whose gradients the next step has so far
@@ -40,6 +44,11 @@ class TrainingState:
     def global_step(self) -> int:
         """Steps done since the start of training."""
         return self.lr_scheduler.last_epoch
+
+    @property
+    def evaluated_model(self) -> ssd.SSD:
+        """What evaluations score, and best.pth is chosen for: the average of the weights, if there is one."""
+        return self.model if self.ema is None else self.ema.module
 
     @property
     def completes_step(self) -> bool:
@@ -71,6 +80,8 @@ class TrainingState:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # where fp16 skips the first step
             self.lr_scheduler.step()
         self.num_parts = 0
+        if self.ema is not None:
+            update_average(self.ema, self.model)
         if self.scaler.is_enabled():
             self.count_overflow(self.scaler.get_scale() < scale)
             norm = torch.zeros_like(norm)
@@ -96,6 +107,7 @@ class TrainingState:
         """Tensors and plain data. ``epoch`` is the last complete one, as in torchvision; ``step`` counts since then."""
         return {
             "model": self.model.state_dict(),
+            **({} if self.ema is None else {"model_ema": self.ema.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -111,6 +123,8 @@ class TrainingState:
         """Continues from ``checkpoint``, with the learning rates of this run's flags, and its way to compute a step."""
         base_lrs = self.lr_scheduler.base_lrs
         self.model.load_state_dict(checkpoint["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint["model_ema"])
         # Said before PyTorch loads the state, since that decides by it on which device AdamW counts its steps.
         is_fused = self.optimizer.param_groups[0]["fused"]
         groups = [group | {"fused": is_fused} for group in checkpoint["optimizer"]["param_groups"]]

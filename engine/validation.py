@@ -29,7 +29,7 @@ class Pending:
 
 
 class Validation:
-    """Evaluates a model in training, and keeps the best.
+    """Evaluates a model in training, or the average of its weights, and keeps the best.
 
     A checkpoint that says that a step was evaluated must be right, so ``settle`` comes before any is saved.
 
@@ -67,9 +67,9 @@ class Validation:
         What ``after_batch``, which is called after each batch, raises, ends it as if it had not begun.
         """
         assert self.pending is None
-        state = self.state
-        utils.broadcast_buffers(state.model)
-        found = self.infer(state.model, self.dataset, self.annotations.category_id_of, after_batch=after_batch)
+        state, model = self.state, self.state.evaluated_model
+        utils.broadcast_buffers(model)
+        found = self.infer(model, self.dataset, self.annotations.category_id_of, after_batch=after_batch)
         state.evaluated_step = state.global_step
         if found is not None:
             report = self.thread.submit(self.report, found, state.global_step)

@@ -55,6 +55,7 @@ def build(
     default_boxes: str = "default",
     weight_init: str = "default",
     subsample_fc: bool = False,
+    ema: bool = True,
     predictor: Callable[[int, int], nn.Module] = conv3x3,
     **kwargs,
 ) -> SSD:
@@ -80,6 +81,8 @@ def build(
         weight_init: how the layers begin that SSD adds to a backbone, a key of ``WEIGHT_INITS``; by default that of
             ``backbone``.
         subsample_fc: begin fc6 and fc7 with the classifier of ``weights_backbone``, those of a VGG (``load_vgg``).
+        ema: take the moving average of weights, ``model_ema`` of a checkpoint, where ``weights`` or
+            ``weights_backbone`` have it; ``notes`` of the model say so.
         predictor: see ``SSDHead``.
         kwargs: keyword arguments of ``SSD``.
 
@@ -90,9 +93,9 @@ def build(
         weights_backbone = backbone.weights
     whole, of_backbone = None, None
     if weights not in (None, "none"):
-        whole = load_weights(weights)
+        whole = load_weights(weights, ema)
     elif weights_backbone not in (None, "none"):
-        of_backbone = load_weights(weights_backbone)
+        of_backbone = load_weights(weights_backbone, ema)
     loaded = whole or of_backbone
     if trainable_backbone_layers is None and loaded:
         trainable_backbone_layers = backbone.trainable_layers

@@ -90,9 +90,9 @@ def load_file(path: str | Path) -> dict:
     content = decode(stored, path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a checkpoint or a state dict, found {type(content).__name__}")
-    state_dict = content.get("model", content)
-    if isinstance(state_dict, dict) and any(map(is_larger_than_its_memory, state_dict.values())):
-        raise ValueError(f"{path}: refused, because a tensor in it is larger than what the file holds")
+    for state_dict in (content.get("model", content), content.get("model_ema")):
+        if isinstance(state_dict, dict) and any(map(is_larger_than_its_memory, state_dict.values())):
+            raise ValueError(f"{path}: refused, because a tensor in it is larger than what the file holds")
     if not is_sealed and "version" in content:
         raise ValueError(f"{path}: damaged (the hash that it was saved with is missing)")
     return content

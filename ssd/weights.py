@@ -15,6 +15,7 @@ from .files import first_line, load_file
 
 # what DistributedDataParallel or DataParallel, and torch.compile, put before all names
 WRAPPERS = ("module.", "_orig_mod.")
+COUNTER = "n_averaged"  # which AveragedModel, a wrapper too, keeps beside the weights
 
 
 @dataclass
@@ -84,7 +85,8 @@ def check_state_dict(state_dict, source: str | Path) -> None:
 
 
 def unwrap(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that wrappers of a whole model have put before every name, one around the other or not."""
+    """Without what wrappers of a whole model, one around the other or not, add: a prefix of every name, a counter."""
+    state_dict = {name: value for name, value in state_dict.items() if name != COUNTER}
     for prefix in WRAPPERS:
         if state_dict and all(name.startswith(prefix) for name in state_dict):
             return unwrap({name.removeprefix(prefix): value for name, value in state_dict.items()})
@@ -97,24 +99,33 @@ def told(content: dict, flag: str):
     return arguments.get(flag) if isinstance(arguments, dict) else None
 
 
-def load_weights(source: str | Path | WeightsEnum) -> Weights:
+def choose_state_dict(content: dict, source: str | Path | WeightsEnum, ema: bool) -> tuple[dict, list[str]]:
+    """The weights of a checkpoint, or with ``ema`` their moving average if it has that; and a note where it matters."""
+    if content.get("model_ema") is None:
+        return content["model"], [] if ema else [f"{source}: has no moving average of its weights (model_ema)"]
+    if ema:
+        return content["model_ema"], [f"{source}: the moving average of its weights is taken (model_ema)"]
+    return content["model"], [f"{source}: its weights are taken as they are (model), not their moving average"]
+
+
+def load_weights(source: str | Path | WeightsEnum, ema: bool = True) -> Weights:
     """Reads what ``source`` names.
 
     Args:
         source: a torchvision weight enum or its name, such as ``SSD300_VGG16_Weights.COCO_V1``, or the path of a
             state dict or of a training checkpoint (ours or torchvision's).
+        ema: take the moving average of a checkpoint's weights, if it has that.
 
     Raises:
         ValueError: there is no such enum or file, or the download failed.
     """
     published = find_published(source)
-    if is_enum_name(source):
-        return Weights(source, download(published, source), published=published)
-    content = load_file(source)
+    content = download(published, source) if is_enum_name(source) else load_file(source)
     if "model" not in content:
         content = {"model": content}
-    check_state_dict(content["model"], source)
-    return Weights(source, unwrap(content["model"]), content, published)
+    state_dict, notes = choose_state_dict(content, source, ema)
+    check_state_dict(state_dict, source)
+    return Weights(source, unwrap(state_dict), content, published, notes)
 
 
 def download(published: WeightsEnum, source: str | WeightsEnum) -> dict[str, Tensor]:

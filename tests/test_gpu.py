@@ -9,7 +9,7 @@ import torch
 
 import train
 import utils
-from engine import execution
+from engine import averaging, execution
 from engine.divergence import NOT_FINITE, Divergence
 from engine.run_log import RunLog, StepLog
 from engine.training_state import TrainingState, copy_to_host
@@ -31,7 +31,8 @@ def make_state(batch_losses: train.BatchLosses, accumulate: int = 1, *flags: str
     optimizer = train.make_optimizer(args, batch_losses.model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     scaler = torch.amp.GradScaler("cuda", enabled=args.amp == "fp16")
-    return TrainingState(batch_losses.model, optimizer, schedule, scaler, 9, accumulate)
+    ema = averaging.make_average(batch_losses.model, args.ema)
+    return TrainingState(batch_losses.model, optimizer, schedule, scaler, 9, accumulate, ema)
 
 
 def batches_on_gpu(batch_losses: train.BatchLosses) -> list[dict]:
@@ -97,7 +98,7 @@ def test_a_step_never_makes_the_host_wait(amp, mode):
     batch_losses = batch_losses_on_gpu(amp)
     if mode is not None:
         execution.compile_whole(batch_losses, mode)
-    state = make_state(batch_losses)
+    state = make_state(batch_losses, 1, "--ema", "0.9")
 
     def take_steps() -> None:
         for batch in batches:

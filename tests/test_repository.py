@@ -30,7 +30,7 @@ ALLOWED_IMPORTS = {
     "train": {"evaluate", "presets", "engine", "view", "coco_utils", "coco", "ssd", "utils"},
 }
 # which of them know argparse; ssd/files.py, because torchvision's checkpoints hold a Namespace
-KNOW_FLAGS = {"train.py", "evaluate.py", "presets.py", "engine/flags.py", "ssd/files.py"}
+KNOW_FLAGS = {"train.py", "evaluate.py", "presets.py", "engine/flags.py", "engine/evaluation_flags.py", "ssd/files.py"}
 
 
 def files_of(place: str) -> list[Path]:

@@ -46,6 +46,7 @@ def assert_equal_states(first, second) -> None:
     first, second = load(first), load(second)
     for key in STATE:
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, msg=key)
+    torch.testing.assert_close(first.get("model_ema"), second.get("model_ema"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def assert_equal_states(first, second) -> None:
         (TINY, 7, 7),
         ([*TINY, "--amp"], 7, 7),
         ([*TINY, "--amp", "fp16"], 7, 7),
-        ([*TINY, "--accumulate", 2], 7, 7),
+        ([*TINY, "--accumulate", 2, "--ema", 0.7], 7, 7),
         ([*TINY, "--opt", "adamw", "--lr-scheduler", "cosineannealinglr"], 7, 7),
     ],
     ids=["resnet18", "tiny", "bf16", "fp16", "accumulate", "adamw"],
@@ -71,6 +72,7 @@ def test_from_every_step(train_to, tmp_path, flags, last_step, steps_on):
     seen = train_to(last_step, whole, "--workers", 0, "--checkpoint-freq", 1, "--keep", 99, *flags)
     assert len(seen) == last_step * batches_per_step
     assert (load(whole / "checkpoint.pth")["scaler"] != {}) == ("fp16" in flags)
+    assert ("model_ema" in load(whole / "checkpoint.pth")) == ("--ema" in flags)
     for step in range(1, last_step):
         end = min(step + steps_on, last_step)
         output_dir = tmp_path / f"from_{step}"
@@ -128,7 +130,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    "flags", [[], [*TINY, "--amp", "--accumulate", "2", "--batch-size", "1"]], ids=["resnet18", "accumulate"]
+    "flags",
+    [[], [*TINY, "--amp", "--accumulate", "2", "--batch-size", "1", "--ema", "0.7"]],
+    ids=["resnet18", "accumulate"],
 )
 def test_from_every_step_with_two_processes(run, data_path, tmp_path, flags):
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
@@ -137,6 +141,8 @@ def test_from_every_step_with_two_processes(run, data_path, tmp_path, flags):
     lines = [line.removeprefix("process ") for line in console.splitlines() if line.startswith("process")]
     shares = [[i for batch in ast.literal_eval(line) for i in batch][:6] for line in lines]  # of the first epoch
     assert sorted(shares[0] + shares[1]) == list(range(1, 13))
+    last = load(tmp_path / "out/whole/checkpoint.pth")
+    assert last.get("model_ema", {}).get("n_averaged") == (5 if "--ema" in flags else None)
 
 
 def test_fewer_processes_go_on_with_the_same_images(run, train_to, data_path, tmp_path):
@@ -169,6 +175,7 @@ def test_flags_that_may_change_take_effect_and_are_named(train_to, tmp_path, cap
         (["--batch-size", 4], "--batch-size 3, this run has 4; they must agree"),
         (["--opt", "adamw"], "--opt sgd, this run has adamw; they must agree"),
         (["--momentum", 0.5], "--momentum 0.9, this run has 0.5; they must agree"),
+        (["--ema", 0.9], "--ema None, this run has 0.9; they must agree"),
         (["--norm-weight-decay", 0], "--norm-weight-decay None, this run has 0.0; they must agree"),
         (["--freeze-backbone"], "--freeze-backbone False, this run has True; they must agree"),
         (["--input-scaling", "caffe"], "--input-scaling imagenet, this run has caffe; they must agree"),

@@ -525,12 +525,45 @@ def test_processes_get_the_main_ones_batch_norm(run, tmp_path):
     assert "equal" in run(tmp_path / "script.py", processes=2).stdout
 
 
-def test_batch_norm_is_made_equal_before_every_evaluation(data_path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [[], ["--ema", 0.5]], ids=["", "average"])
+def test_batch_norm_is_made_equal_before_every_evaluation(data_path, tmp_path, monkeypatch, flags):
     calls = []
-    monkeypatch.setattr(utils, "broadcast_buffers", lambda model: calls.append("broadcast"))
-    monkeypatch.setattr(inference, "infer", lambda *_, **__: calls.append("evaluate"))
-    train_steps(data_path, tmp_path, "--epochs", 2, "--eval-freq", 1, "--workers", 0)
-    assert calls == ["broadcast", "evaluate"] * 2
+    monkeypatch.setattr(utils, "broadcast_buffers", lambda model: calls.append(("broadcast", id(model))))
+    monkeypatch.setattr(inference, "infer", lambda model, *_, **__: calls.append(("evaluate", id(model))))
+    train_steps(data_path, tmp_path, "--epochs", 2, "--eval-freq", 1, "--workers", 0, *flags)
+    assert [name for name, _ in calls] == ["broadcast", "evaluate"] * 2
+    assert len({model for _, model in calls}) == 1
+
+
+AVERAGE_SCRIPT = """
+import sys
+import torch
+import train
+import utils
+from engine import inference
+from ssd import family
+from tests.tiny import MODEL
+
+
+def compare(model, *_, **__):
+    averages = utils.gather(model.state_dict())
+    for name, average in averages[0].items():
+        assert torch.equal(averages[1][name], average), name
+    sys.stdout.write("equal\\n")
+
+
+family.MODELS["tiny"] = MODEL
+inference.infer = compare
+train.main(train.parse_args(sys.argv[1:]))
+"""
+
+
+def test_processes_evaluate_the_same_average(run, data_path, tmp_path):
+    """Statistics of batch norm included, which each process has averaged of its own."""
+    (tmp_path / "script.py").write_text(AVERAGE_SCRIPT)
+    arguments = [*TINY, "--data-path", data_path, "--epochs", 1, "--workers", 0, "--ema", 0.5, "--output-dir", tmp_path]
+    console = run(tmp_path / "script.py", *arguments, processes=2).stdout
+    assert console.count("equal\n") == 2
 
 
 def test_test_only_evaluates(run, trained, data_path, tmp_path):

@@ -175,15 +175,23 @@ def test_auto_begins_anew_only_where_there_is_nothing(tmp_path, capsys):
     assert "checkpoint.pth: no such checkpoint file; continuing from" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer"])
+@pytest.mark.parametrize("part", ["model", "model_ema", "optimizer"])
 def test_what_is_not_finite_is_not_saved_over_what_is(tmp_path, part):
     path = tmp_path / "checkpoint.pth"
     checkpoints.save_checkpoint(checkpoint_at(1), path)
-    bad = checkpoint_at(2)
-    (bad["model"]["weight"] if part == "model" else bad["optimizer"]["state"][0]["momentum_buffer"])[7] = torch.inf
+    bad = checkpoint_at(2) | {"model_ema": {"module.weight": torch.zeros(50_000)}}
+    parts = {
+        "model": bad["model"]["weight"],
+        "model_ema": bad["model_ema"]["module.weight"],
+        "optimizer": bad["optimizer"]["state"][0]["momentum_buffer"],
+    }
+    parts[part][7] = torch.inf
     with pytest.raises(FloatingPointError, match="is no longer finite; nothing was saved"):
         checkpoints.save_checkpoint(bad, path)
     assert checkpoints.step_of(checkpoints.read_checkpoint(path)) == 1
+    ssd.save_file(bad | {"version": ssd.VERSION}, path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pth: .* is no longer finite; the checkpoint is of no use"):
+        checkpoints.read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +203,9 @@ def test_what_is_not_finite_is_not_saved_over_what_is(tmp_path, part):
         {"args": None},
         {"rng": 5},
         {"model": {"weight": torch.zeros(1).expand(10**13)}},
+        {"model_ema": [torch.zeros(3)]},
+        {"model_ema": None, "args": {"ema": 0.9}},
+        {"model_ema": {"module.weight": torch.zeros(1).expand(10**13)}},
     ],
     ids=lambda changes: str(list(changes)),
 )
@@ -204,6 +215,20 @@ def test_content_that_no_run_writes_is_refused(tmp_path, changes):
     ssd.save_file(checkpoint_at(1) | changes | {"version": ssd.VERSION}, path)
     with pytest.raises(ValueError, match=r"checkpoint\.pth: (damaged, or made by another|refused, because a tensor)"):
         checkpoints.newest_sound(tmp_path)
+
+
+def test_an_average_that_a_checkpoint_lacks_is_named(tmp_path):
+    """It would else begin anew when the run is continued."""
+    path = tmp_path / "checkpoint.pth"
+    average = {"model_ema": {"n_averaged": torch.tensor(1), "module.weight": torch.zeros(50_000)}}
+    trained_with = checkpoint_at(1) | {"args": {"ema": 0.9}, "version": ssd.VERSION}
+    ssd.save_file(trained_with | average, path)
+    assert checkpoints.read_checkpoint(path).keys() >= average.keys()
+    ssd.save_file(trained_with, path)
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pth: damaged, or made by another program: its model_ema is missing"
+    ):
+        checkpoints.read_checkpoint(path)
 
 
 def test_compressed_files_are_refused(tmp_path):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import train
+from engine.averaging import make_average
 from engine.training_state import TrainingState, copy_to_host
 
 
@@ -36,7 +37,9 @@ def test_gradients_are_added_also_where_they_come_in_the_same_memory():
 PRECISIONS = {"none": [], "bf16": ["--amp", "bf16"], "fp16": ["--amp", "fp16"]}
 
 
-def make_state(opt: str = "sgd", precision: str = "none") -> TrainingState:
+def make_state(
+    opt: str = "sgd", precision: str = "none", accumulate: int = 1, ema: float | None = None
+) -> TrainingState:
     """As train.py makes it, of a model with three weights."""
     args = train.parse_args(["--opt", opt, "--lr", "1.0", "--weight-decay", "0", *PRECISIONS[precision]])
     args.world_size = 1
@@ -44,7 +47,7 @@ def make_state(opt: str = "sgd", precision: str = "none") -> TrainingState:
     optimizer = train.make_optimizer(args, model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
-    return TrainingState(model, optimizer, schedule, scaler, steps_per_epoch=9)
+    return TrainingState(model, optimizer, schedule, scaler, 9, accumulate, make_average(model, ema))
 
 
 def take_steps(state: TrainingState, number: int) -> None:
@@ -78,6 +81,41 @@ def test_a_step_tells_the_norm_of_its_gradients():
     state = make_state()
     state.backward((state.model.weight * torch.tensor([[3.0, 0.0, 4.0]])).sum())
     assert state.optimizer_step().item() == 5
+
+
+def test_the_average_is_taken_once_per_step():
+    """With steps of two batches: the weight goes from 0 to 3, 7 and 15, of which each step takes a quarter."""
+    state = make_state(accumulate=2, ema=0.75)
+    state.model.weight.data.zero_()
+    state.optimizer.param_groups[0]["momentum"] = 0
+    averages = []
+    for gradients in ((-2.0, -4.0), (-8.0, 0.0), (-6.0, -10.0)):
+        for gradient in gradients:
+            state.backward((state.model.weight * gradient).sum())
+        state.optimizer_step()
+        averages.append(state.evaluated_model.weight[0, 0].item())
+    assert averages == [3.0, 0.75 * 3 + 0.25 * 7, 0.75 * 4 + 0.25 * 15]
+    assert (state.model.weight[0, 0].item(), state.ema.n_averaged.item()) == (15, 3)
+
+
+def test_the_average_goes_on_after_a_resume():
+    whole, resumed = (make_state(precision="fp16", ema=0.75) for _ in range(2))
+    take_steps(whole, 3)
+    checkpoint = copy_to_host(whole.state_dict())
+    resumed.load_state_dict(checkpoint)
+    for state in (whole, resumed):
+        take_steps(state, 2)
+    saved = checkpoint["model_ema"]["module.weight"]
+    assert not torch.equal(saved, checkpoint["model"]["weight"])
+    assert not torch.equal(saved, whole.ema.module.weight)
+    assert torch.equal(resumed.ema.module.weight, whole.ema.module.weight)
+    assert resumed.ema.n_averaged == whole.ema.n_averaged == 5
+
+
+def test_without_an_average_the_model_is_evaluated():
+    state = make_state()
+    assert state.evaluated_model is state.model
+    assert "model_ema" not in state.state_dict()
 
 
 class Overflowing(torch.nn.Module):

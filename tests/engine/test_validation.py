@@ -161,6 +161,39 @@ def test_validation_loss_is_logged(data_path, tmp_path):
     assert line["images scored/s"] > 0
 
 
+def loss_of(checkpoint, data_path, output_dir, *flags) -> float:
+    """As evaluate.py measures it."""
+    arguments = ["--checkpoint", checkpoint, "--data-path", data_path, "--device", "cpu", "--workers", 0, "--val-loss"]
+    arguments += ["--batch-size", 3, "--output-dir", output_dir, *flags]
+    evaluate.main(evaluate.get_args_parser().parse_args([str(argument) for argument in arguments]))
+    return json.loads((output_dir / "metrics.json").read_text())["loss"]["loss"]
+
+
+def test_the_average_is_evaluated_where_there_is_one(data_path, tmp_path, capsys):
+    """In training, by evaluate.py and with --test-only; --no-ema evaluates the weights themselves."""
+    train_epochs(data_path, tmp_path, "--epochs", 1, "--ema", 0.9, "--lr", 0.02, "--val-loss")
+    (line,) = validation_lines(tmp_path)
+    best = tmp_path / "best.pth"
+    assert capsys.readouterr().out.count("Evaluated is the average of the weights over about 10 steps (--ema 0.9)") == 1
+    assert loss_of(best, data_path, tmp_path / "average") == pytest.approx(line["loss"], rel=1e-6)
+    assert f"{best}: the moving average of its weights is taken (model_ema)\n" in capsys.readouterr().out
+    assert abs(loss_of(best, data_path, tmp_path / "themselves", "--no-ema") - line["loss"]) > 0.01 * line["loss"]
+    assert f"{best}: its weights are taken as they are (model), not their mov" in capsys.readouterr().out
+    arguments = ["--test-only", "--resume", best, "--data-path", data_path, "--device", "cpu", "--workers", 0]
+    arguments += ["--batch-size", 3, "--val-loss", "--output-dir", tmp_path / "test_only"]
+    evaluate.evaluate_as_trained(train.parse_args([str(argument) for argument in arguments]))
+    metrics = json.loads((tmp_path / "test_only/metrics.json").read_text())
+    assert metrics["loss"]["loss"] == pytest.approx(line["loss"], rel=1e-6)
+    assert "the moving average of its weights is taken" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_an_average_is_evaluated_as_it_is(data_path, tmp_path, capsys):
+    train_epochs(data_path, tmp_path, "--max-steps", 1, "--eval-freq", 0)
+    losses = [loss_of(tmp_path / "checkpoint.pth", data_path, tmp_path / "out", *flags) for flags in ([], ["--no-ema"])]
+    assert losses[0] == losses[1]
+    assert capsys.readouterr().out.count("checkpoint.pth: has no moving average of its weights (model_ema)\n") == 1
+
+
 def test_validation_loss_is_that_of_one_batch_with_all_images(data_path):
     """In float64, where it does not matter what else is in a batch."""
     with float64():

@@ -5,6 +5,7 @@ import urllib.error
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models import WeightsEnum, get_model, resnet18, vgg
 
 import ssd
@@ -63,6 +64,63 @@ def test_a_prefix_that_some_names_lack_is_none(tmp_path):
     torch.save(state_dict | {"bias": torch.zeros(1)}, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match=r"the file has 123 keys: module.conv1.weight, module.bn1.weight, "):
         ssd.get_model("ssd300_resnet18", weights_backbone=str(tmp_path / "odd.pth"))
+
+
+def with_average(model: torch.nn.Module, average: torch.nn.Module) -> dict:
+    """A checkpoint as torchvision's classification references write it."""
+    return {"model": model.state_dict(), "model_ema": AveragedModel(average).state_dict(), "epoch": 3}
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_the_average_of_a_checkpoints_weights_is_taken_unless_told_not_to(tmp_path, ema):
+    """Of a whole model and of a backbone."""
+    path = str(tmp_path / "model.pth")
+    whole = [ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=5) for _ in range(2)]
+    torch.save(with_average(*whole), path)
+    model = ssd.get_model("ssd300_resnet18", weights=path, input_scaling="imagenet", ema=ema)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in whole[ema].state_dict().items())
+    kind = "the moving average of its weights is taken" if ema else "its weights are taken as they are"
+    (note,) = model.notes
+    assert note.startswith(f"{path}: {kind} (model")
+    backbones = resnet18(), resnet18()
+    torch.save(with_average(*backbones), path)
+    model = ssd.get_model("ssd300_resnet18", weights_backbone=path, input_scaling="imagenet", ema=ema)
+    assert torch.equal(model.backbone.features[0][0].weight, backbones[ema].conv1.weight)
+    assert model.notes == [note]
+
+
+@pytest.mark.parametrize("nest", [lambda state_dict: state_dict, lambda state_dict: {"model": state_dict}])
+def test_a_file_of_an_average_alone(tmp_path, nest):
+    """Whose names begin as those of a wrapped model do, but for that of its counter."""
+    source = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=5)
+    torch.save(nest(AveragedModel(torch.nn.DataParallel(source)).state_dict()), tmp_path / "model.pth")
+    model = ssd.get_model("ssd300_resnet18", weights=str(tmp_path / "model.pth"))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize("more", [{}, {"model_ema": None}])
+def test_an_average_that_a_file_lacks(tmp_path, more):
+    source = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=5)
+    path = str(tmp_path / "model.pth")
+    torch.save({"model": source.state_dict()} | more, path)
+    for ema, notes in ((True, []), (False, [f"{path}: has no moving average of its weights (model_ema)"])):
+        assert ssd.get_model("ssd300_resnet18", weights=path, input_scaling="imagenet", ema=ema).notes == notes
+
+
+@pytest.mark.parametrize(
+    ("average", "fault"),
+    [
+        ([torch.zeros(3)], "expected a state dict, found list"),
+        ({"n_averaged": torch.tensor(3)}, "not the weights of an SSD model"),
+        ({"module.weight": 3.0}, "'module.weight' is no name of a tensor"),
+        ({"module.weight": torch.zeros(1).expand(10**13)}, "refused, because a tensor in it is larger"),
+    ],
+)
+def test_an_average_that_is_none(tmp_path, average, fault):
+    source = ssd.get_model("ssd300_resnet18", weights_backbone=None, num_classes=5)
+    torch.save({"model": source.state_dict(), "model_ema": average}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=rf"model\.pth: .*{fault}"):
+        ssd.get_model("ssd300_resnet18", weights=str(tmp_path / "model.pth"))
 
 
 def test_weights_of_another_model(tmp_path):
