@@ -9,7 +9,8 @@ from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-CAPTION_HEIGHT = 18
+CAPTION_HEIGHT, FONT_SIZE = 18, 13  # pixels, on a picture whose longer side has up to FULL_SIZE_SIDE
+FULL_SIZE_SIDE = 640  # larger ones are shown smaller than they are: there, letters grow with the picture
 MIN_SIDE, MAX_SIDE = 320, 1280  # pixels of the longer side: on other pictures nobody could read the names
 
 
@@ -39,23 +40,25 @@ def draw_boxes(image: ndarray, boxes: ndarray, labels: Sequence[int], texts: Seq
         caption: what to write above the picture.
 
     Returns:
-        uint8 [3, H + CAPTION_HEIGHT, W].
+        uint8 [3, H + CAPTION_HEIGHT, W]; of a large picture the caption is higher.
     """
     height, width = image.shape[:2]
-    canvas = Image.new("RGB", (width, height + CAPTION_HEIGHT), "white")
-    canvas.paste(Image.fromarray(image), (0, CAPTION_HEIGHT))
+    growth = max(1.0, max(height, width) / FULL_SIZE_SIDE)
+    top = round(CAPTION_HEIGHT * growth)
+    canvas = Image.new("RGB", (width, height + top), "white")
+    canvas.paste(Image.fromarray(image), (0, top))
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(13)
+    font = ImageFont.load_default(FONT_SIZE * growth)
     draw.text((4, 1), caption, fill="black", font=font)
     line_width = max(2, round(min(height, width) / 200))
-    boxes = [(x1, y1 + CAPTION_HEIGHT, x2, y2 + CAPTION_HEIGHT) for x1, y1, x2, y2 in boxes.tolist()]
+    boxes = [(x1, y1 + top, x2, y2 + top) for x1, y1, x2, y2 in boxes.tolist()]
     drawn = list(zip(boxes, map(class_color, labels), texts, strict=True))
     for (x1, y1, x2, y2), color, _ in drawn:
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line_width)
     taken = []
     for (x1, y1, _, _), color, text in reversed(drawn):
         _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
-        x, y = place_label(x1, y1, right + 4, bottom + 2, canvas.size, taken)
+        x, y = place_label(x1, y1, right + 4, bottom + 2, canvas.size, taken, top)
         taken.append((x, y, x + right + 4, y + bottom + 2))
         draw.rectangle(taken[-1], fill=color)
         draw.text((x + 2, y), text, fill="black", font=font)
@@ -63,14 +66,21 @@ def draw_boxes(image: ndarray, boxes: ndarray, labels: Sequence[int], texts: Seq
 
 
 def place_label(
-    x1: float, y1: float, width: float, height: float, canvas_size: tuple[int, int], taken: list[tuple]
+    x1: float,
+    y1: float,
+    width: float,
+    height: float,
+    canvas_size: tuple[int, int],
+    taken: list[tuple],
+    top: int = CAPTION_HEIGHT,
 ) -> tuple[float, float]:
     """Where the label of a box at ``x1``, ``y1`` hides no other: above the box, or as little lower as it can be.
 
-    It stays between the left and the right side and under the caption; where there is no room, it hides others.
+    It stays between the left and the right side and under ``top``, where the caption ends; if there is no room, it
+    hides others.
     """
     x = max(0, min(x1, canvas_size[0] - width))
-    highest = y1 - height if y1 - height >= CAPTION_HEIGHT else max(y1, CAPTION_HEIGHT)
+    highest = y1 - height if y1 - height >= top else max(y1, top)
     y = highest
     while y + height <= canvas_size[1]:
         lower_ends = [y2 for x1, y1, x2, y2 in taken if x <= x2 and x1 <= x + width and y <= y2 and y1 <= y + height]

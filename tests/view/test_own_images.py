@@ -131,9 +131,9 @@ def test_own_photographs_are_never_replaced(checkpoint, data_path, tmp_path):
 def test_boxes_are_drawn_where_they_are_on_large_images():
     image = np.zeros((1000, 2560, 3), np.uint8)
     picture = own_images.draw(image, np.array([[0, 512.0, 200, 1024, 400, 0.9, 1]]), {1: "cat"})
-    assert picture.shape == (3, 500 + 18, own_images.pictures.MAX_SIDE)
-    assert picture[:, 18 + 200, 256].max() > 0  # half way down its left side
-    assert picture[:, 18 + 200, 250].max() == 0
+    assert picture.shape == (3, 500 + 36, own_images.pictures.MAX_SIDE)
+    assert picture[:, 36 + 200, 256].max() > 0  # half way down its left side
+    assert picture[:, 36 + 200, 250].max() == 0
 
 
 def test_bad_images(checkpoint, data_path, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -12,6 +13,17 @@ def test_boxes_and_caption_are_drawn():
     color = torch.tensor(pictures.class_color(4), dtype=torch.uint8)
     assert torch.equal(picture[:, 45 + pictures.CAPTION_HEIGHT, 10], color)
     assert picture[:, 50 + pictures.CAPTION_HEIGHT, 30].sum() == 0  # inside the box the image shows
+
+
+def test_letters_grow_with_large_pictures():
+    """As if a smaller picture was drawn, and enlarged."""
+    small, large = (
+        pictures.draw_boxes(np.zeros((side, side, 3), np.uint8), np.zeros((0, 4)), [], [], "detections")
+        for side in (640, 1280)
+    )
+    assert large.shape == (3, 2 * small.shape[1], 2 * small.shape[2])
+    caption_widths = [(picture[0, : picture.shape[2] // 40] < 128).any(dim=0).sum() for picture in (small, large)]
+    assert caption_widths[1] == pytest.approx(2 * caption_widths[0], rel=0.1)
 
 
 def test_boxes_at_the_edges_and_without_area():
