@@ -7,9 +7,9 @@
     python evaluate.py --detector ssd.onnx --data-path /data/coco
     torchrun --nproc-per-node=8 evaluate.py --checkpoint SSD300_VGG16_Weights.COCO_V1 --data-path /data/coco
 
-Prints the COCO table and writes metrics.json, detections.json and, with --pictures, pictures of what was found. With
---images it has nothing to score, and writes detections.json and a picture of each image; with --export it writes the
-model as a file that other programs run.
+Prints the COCO table and writes metrics.json, report.html, detections.json and, with --pictures, pictures of what was
+found. With --images it has nothing to score, and writes detections.json and a picture of each image; with --export it
+writes the model as a file that other programs run.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from engine.inference import Inference
 from engine.journal import Journal
 from engine.progress import Progress
 from presets import DetectionPresetEval
-from view import own_images, reports
+from view import html_report, own_images, reports
 
 
 def find_splits(args: argparse.Namespace, *names: str, needs_images: bool = True) -> dict[str, Split]:
@@ -83,7 +83,7 @@ def make_infer(args: argparse.Namespace, device: torch.device) -> Callable[..., 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Scores ``--checkpoint``, ``--detector`` or ``--detections`` on the validation set."""
-    files = ["metrics.json", *(["detections.json"] if args.detections is None else [])]
+    files = ["metrics.json", html_report.FILE_NAME, *(["detections.json"] if args.detections is None else [])]
     output.prepare(Path(args.output_dir), files, folders=["pictures"] if args.pictures else [])
     needs_images = args.detections is None or args.pictures > 0
     split = find_splits(args, "val", needs_images=needs_images)["val"]
@@ -120,7 +120,8 @@ def read_detections(args: argparse.Namespace, annotations: CocoAnnotations) -> I
 def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: Path, found: Inference) -> None:
     """Writes ``--output-dir``, the detections before they are scored, and prints the scores."""
     output_dir = Path(args.output_dir)
-    (output_dir / "metrics.json").unlink(missing_ok=True)  # an earlier evaluation's would pass for that of these
+    for name in ("metrics.json", html_report.FILE_NAME):
+        (output_dir / name).unlink(missing_ok=True)  # an earlier evaluation's would pass for that of these
     if args.detections is None:
         scoring.write_results(output_dir / "detections.json", found.detections)
     if not annotations.has_annotations:
@@ -132,11 +133,23 @@ def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: P
     (output_dir / "metrics.json").write_text(json.dumps(scores.metrics, indent=2) + "\n")
     print(inference.describe(found, scores.metrics, seconds))
     print(scoring.format_class_table(scores.metrics))
+    diagnosis = scoring.diagnose(annotations, found.detections)
+    charts = reports.draw_charts(annotations, scores, diagnosis)
+    worst = reports.draw_worst(annotations, images_dir, diagnosis)
+    html_report.write(
+        output_dir,
+        title=args.checkpoint or args.detections,
+        facts=[f"on {annotations.path}"],
+        warnings=inference.warnings(found, scores.metrics),
+        metrics=scores.metrics,
+        charts=charts,
+        worst=worst.values(),
+        data={"validation": annotations},
+        flags=vars(args),
+    )
     if args.pictures:
-        diagnosis = scoring.diagnose(annotations, found.detections)
         rows = reports.choose_images(annotations, diagnosis, args.pictures, args.pictures_by)
-        charts = reports.draw_charts(annotations, scores, diagnosis)
-        drawn = reports.draw_images(annotations, images_dir, diagnosis, rows)
+        drawn = reports.draw_images(annotations, images_dir, diagnosis, rows, worst)
         reports.write_pictures(output_dir, itertools.chain(charts.items(), drawn))
     print(f"The results are in {output_dir}")
 

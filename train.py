@@ -3,7 +3,7 @@
     python train.py --recipe demo                                  # the embedded data set, on any machine
     torchrun --nproc-per-node=8 train.py --data-path /data/coco    # the recipe of the published 25.1 mAP
 
-Writes checkpoint.pth, best.pth, metrics.jsonl, args.json, pictures and TensorBoard events to --output-dir.
+Writes checkpoint.pth, best.pth, metrics.jsonl, args.json, report.html, pictures and TensorBoard events to --output-dir.
 """
 
 import argparse
@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
         val_dataset = evaluate.make_validation_set(args, model, val_annotations, splits["val"].images_dir)
         infer = evaluate.make_infer(args, device)
         # detects after an epoch, scores in a thread beside the next, and then saves best.pth
-        validation = Validation(state, val_dataset, infer, log, output_dir, saver.save_best)
+        validation = Validation(state, val_dataset, infer, log, output_dir, saver.save_best, annotations, vars(args))
         # signals and --time-limit, after which the state is saved; numbers that are not finite, after which it is not
         stopping = Stopping(interruption, Divergence(output_dir))
         run = Run(state, last_step, args.eval_freq, args.checkpoint_freq, validation, saver, stopping)

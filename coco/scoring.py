@@ -236,18 +236,21 @@ def confusion_matrix(annotations: CocoAnnotations, diagnosis: Diagnosis, min_sco
 
 def format_table(metrics: dict) -> str:
     """The twelve metrics as COCO's own code prints them."""
-    kinds = {"AP": "Average Precision  (AP)", "AR": "Average Recall     (AR)"}
-    areas = {"s": "small", "m": "medium", "l": "large"}
     lines = []
     for name in METRICS:
-        kind, detail = kinds[name[:2]], name[2:]
-        iou = f"0.{detail}" if detail in ("50", "75") else "0.50:0.95"
-        max_detections = detail if detail in ("1", "10") else "100"
+        kind, iou, area, max_detections = meaning(name)
         value = "n/a" if metrics[name] is None else f"{metrics[name]:.3f}"
-        lines.append(
-            f" {kind} @[ IoU={iou:9} | area={areas.get(detail, 'all'):>6} | maxDets={max_detections:>3} ] = {value}"
-        )
+        kind = f"Average {kind.capitalize():10} ({name[:2]})"
+        lines.append(f" {kind} @[ IoU={iou:9} | area={area:>6} | maxDets={max_detections:>3} ] = {value}")
     return "\n".join(lines)
+
+
+def meaning(name: str) -> tuple[str, str, str, str]:
+    """Of one of ``METRICS`` what it is the mean of, the IoU, the areas of objects, and how many detections count."""
+    kind, detail = {"AP": "precision", "AR": "recall"}[name[:2]], name[2:]
+    iou = f"0.{detail}" if detail in ("50", "75") else "0.50:0.95"
+    area = {"s": "small", "m": "medium", "l": "large"}.get(detail, "all")
+    return kind, iou, area, detail if detail in ("1", "10") else "100"
 
 
 def format_class_table(metrics: dict, at_most: int = 20) -> str:

@@ -234,9 +234,19 @@ def score(annotations: CocoAnnotations, found: Inference, scorer: str) -> scorin
     return scores
 
 
+def skipped(found: Inference) -> list[str]:
+    """A line for each image that could not be read."""
+    return [f"Skipped, and scored as an image without detections: {fault}" for fault in found.faults]
+
+
+def warnings(found: Inference, metrics: dict) -> list[str]:
+    """What nobody may miss who reads the scores: what is amiss with the model, and what was skipped."""
+    return [*collapse.describe(found.dependence, metrics["per_class"]), *skipped(found)]
+
+
 def describe(found: Inference, metrics: dict, seconds: float) -> str:
     """For the console: what was skipped, how long it took, the loss if known, COCO's table, and what is amiss."""
-    lines = [f"Skipped, and scored as an image without detections: {fault}" for fault in found.faults]
+    lines = skipped(found)
     num_images = len(found.image_ids)
     if found.seconds:
         lines.append(f"Detected in {found.seconds:.1f} s, {num_images / found.seconds:.1f} images/s")

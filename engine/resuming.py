@@ -18,7 +18,7 @@ from .training_state import TrainingState
 
 LOCK = ".lock"
 RUN_FILES = (LATEST, "checkpoint_*.pth", BEST, "metrics.jsonl", "args.json", "pictures", "events.out.tfevents*")
-RUN_FILES += ("not_finite_*.pth",)
+RUN_FILES += ("not_finite_*.pth", "report.html")
 # what a resumed run must share with the run that it continues, beside the number of images of a step
 FIXED_FLAGS = (
     "model",
@@ -125,7 +125,7 @@ def begin_or_continue(
         set_aside(output_dir, [file for name in RUN_FILES for file in output_dir.glob(name)])
     elif found.path.name != LATEST:
         set_aside(output_dir, not_continued(output_dir, found))
-    output.prepare(output_dir, folders=["pictures"])
+    output.prepare(output_dir, ["report.html"], folders=["pictures"])
     if not (output_dir / BEST).exists():
         state.best_ap = -1.0  # that of the resumed run is elsewhere
     return state.global_step if (output_dir / LATEST).exists() else None

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import utils
-from coco import scoring
+from coco import CocoAnnotations, scoring
 from coco_utils import CocoEvalDataset
-from view import reports
+from view import html_report, reports
 
 from . import inference
 from .inference import Inference
-from .run_log import RunLog
+from .run_log import RunLog, read_records
 from .training_state import TrainingState, copy_to_host
 
 NUM_PICTURES = 8
@@ -38,8 +38,10 @@ class Validation:
         dataset: the validation set.
         infer: ``inference.infer`` with the settings of its keyword arguments.
         log: of the run.
-        output_dir: where the pictures go.
+        output_dir: where the pictures and the report go.
         save_best: writes a training state to best.pth.
+        training_set: for the report.
+        flags: for the report, by their names in Python.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class Validation:
         log: RunLog,
         output_dir: Path,
         save_best: Callable[[dict], None],
+        training_set: CocoAnnotations,
+        flags: dict,
     ):
         self.state = state
         self.dataset = dataset
@@ -58,6 +62,8 @@ class Validation:
         self.log = log
         self.output_dir = output_dir
         self.save_best = save_best
+        self.training_set = training_set
+        self.flags = flags
         self.thread = ThreadPoolExecutor(1)
         self.pending: Pending | None = None
 
@@ -80,24 +86,39 @@ class Validation:
         start = time.perf_counter()
         scores = inference.score(self.annotations, found, "hotcoco")
         seconds = time.perf_counter() - start
-        diagnosis = scoring.diagnose(self.annotations, found.detections)
-        rows = reports.choose_images(self.annotations, diagnosis, NUM_PICTURES, "first")
-        drawn = dict(reports.draw_images(self.annotations, self.dataset.images_dir, diagnosis, rows))
-        charts = reports.draw_charts(self.annotations, scores, diagnosis)
+        numbers = numbers_of(found, scores.metrics, seconds)
+        self.show(found, scores, step, numbers)
+        return inference.describe(found, scores.metrics, seconds), numbers
+
+    def show(self, found: Inference, scores: scoring.Scores, step: int, numbers: dict) -> None:
+        """What a person looks at, as files and in TensorBoard."""
+        annotations = self.annotations
+        diagnosis = scoring.diagnose(annotations, found.detections)
+        worst = reports.draw_worst(annotations, self.dataset.images_dir, diagnosis)
+        rows = reports.choose_images(annotations, diagnosis, NUM_PICTURES, "first")
+        drawn = dict(reports.draw_images(annotations, self.dataset.images_dir, diagnosis, rows, worst))
+        charts = reports.draw_charts(annotations, scores, diagnosis)
         reports.write_pictures(self.output_dir, (drawn | charts).items())
         for name, picture in drawn.items():
             self.log.image(f"detections/{name}", picture, step)
         for name, chart in charts.items():
             self.log.image(f"charts/{name}", chart, step)
-        table = scoring.format_class_table(scores.metrics, at_most=len(self.annotations.categories))
-        self.log.text("classes", table, step)
-        self.log.curve("precision_recall_at_IoU_0.50", step, **reports.count_by_threshold(self.annotations, diagnosis))
-        num_images = len(found.image_ids)
-        rates = {"images/s": num_images / found.seconds, "images scored/s": num_images / seconds}
-        numbers = {name: scores.metrics[name] for name in scoring.METRICS} | scores.metrics.get("loss", {}) | rates
-        if "VOC" in scores.metrics:
-            numbers |= {f"VOC {name}": scores.metrics["VOC"][name] for name in ("AP11", "AP")}
-        return inference.describe(found, scores.metrics, seconds), numbers
+        self.log.text("classes", scoring.format_class_table(scores.metrics, at_most=len(annotations.categories)), step)
+        self.log.curve("precision_recall_at_IoU_0.50", step, **reports.count_by_threshold(annotations, diagnosis))
+        # its own numbers are logged later
+        records = [*read_records(self.log.path), {"kind": "val", "step": step, **numbers}]
+        curve = {"learning_curve": reports.draw_learning_curve(records, self.state.steps_per_epoch)}
+        html_report.write(
+            self.output_dir,
+            title=f"{self.flags['model']} after {step / self.state.steps_per_epoch:.3g} epochs",
+            facts=[f"{step:,} steps, in {self.output_dir}", f"evaluated on {annotations.path}"],
+            warnings=inference.warnings(found, scores.metrics),
+            metrics=scores.metrics,
+            charts=charts | curve,
+            worst=worst.values(),
+            data={"training": self.training_set, "validation": annotations},
+            flags=self.flags,
+        )
 
     def settle(self, wait: bool = True) -> None:
         """Logs the scores of the last evaluation, and saves its model if it is the best.
@@ -116,3 +137,13 @@ class Validation:
         if ap is not None and ap > self.state.best_ap:
             self.state.best_ap = ap
             self.save_best(pending.checkpoint | {"best_ap": ap})
+
+
+def numbers_of(found: Inference, metrics: dict, seconds: float) -> dict[str, float | None]:
+    """Those of an evaluation, scored in ``seconds``, that are logged."""
+    num_images = len(found.image_ids)
+    rates = {"images/s": num_images / found.seconds, "images scored/s": num_images / seconds}
+    numbers = {name: metrics[name] for name in scoring.METRICS} | metrics.get("loss", {}) | rates
+    if "VOC" in metrics:
+        numbers |= {f"VOC {name}": metrics["VOC"][name] for name in ("AP11", "AP")}
+    return numbers

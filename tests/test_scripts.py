@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def trained(run, data_path, tmp_path_factory):
 def test_training_writes_what_the_docs_promise(trained):
     output, console = trained
     names = {path.name for path in output.iterdir()}
-    assert {"checkpoint.pth", "best.pth", "metrics.jsonl", "args.json", "pictures"} <= names
+    assert {"checkpoint.pth", "best.pth", "metrics.jsonl", "args.json", "pictures", "report.html"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     drawn = {path.name for path in (output / "pictures").iterdir()}
     assert len(drawn) == 7 + 3
@@ -126,6 +127,7 @@ def test_evaluate_gives_the_figures_of_training_and_of_pycocotools(run, trained,
     assert metrics["counts"]["images"] == 7
     assert scoring.format_table(metrics) in console
     assert len(list((tmp_path / "pictures").iterdir())) == 2 + 2
+    assert f"<dd>{metrics['AP']:.3f}</dd>" in (tmp_path / "report.html").read_text()
 
     expected = pycocotools_stats(data_path / "annotations/instances_val2017.json", tmp_path / "detections.json")
     assert [-1 if metrics[name] is None else metrics[name] for name in scoring.METRICS] == expected
@@ -165,7 +167,7 @@ def test_a_results_file_gets_pycocotools_figures_without_a_model(run, tmp_path, 
     assert [-1 if metrics[name] is None else metrics[name] for name in scoring.METRICS] == expected
     assert metrics["per_class"]["absent"] == {"AP": None, "AP50": None, "boxes": 0, "detections": 12}
     assert metrics["counts"] == {"images": 4, "boxes": 5, "detections": 36, "skipped": 0}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations", "metrics.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations", "metrics.json", "report.html"]
 
 
 @pytest.mark.parametrize("keys", [("images", "categories"), ("images",)])
@@ -367,20 +369,26 @@ def test_checkpoints_within_an_epoch(data_path, five_steps, tmp_path, monkeypatc
 
 
 def test_a_run_without_resume_sets_the_files_of_an_earlier_one_aside(data_path, tmp_path, capsys):
+    (tmp_path / "report.html").touch()
     for steps in (1, 2, 1):
         train_steps(data_path, tmp_path, "--max-steps", steps, "--workers", 0)
     console = capsys.readouterr().out
-    assert f"{tmp_path} held files that this run does not continue, now in {tmp_path / 'previous-2'}: " in console
-    found = [steps_done(load(tmp_path / name / "checkpoint.pth")) for name in ("previous-1", "previous-2", "")]
+    assert f"{tmp_path} held files that this run does not continue, now in {tmp_path / 'previous-3'}: " in console
+    found = [steps_done(load(tmp_path / name / "checkpoint.pth")) for name in ("previous-2", "previous-3", "")]
     assert found == [1, 2, 1]
-    assert (tmp_path / "previous-1" / "metrics.jsonl").exists()
+    assert (tmp_path / "previous-1/report.html").exists()
+    assert (tmp_path / "previous-2/metrics.jsonl").exists()
 
 
-def test_a_resumed_run_tries_where_its_pictures_will_go(data_path, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "block", "reason"),
+    [("pictures", Path.touch, "File exists"), ("report.html", Path.mkdir, "Is a directory")],
+)
+def test_a_resumed_run_tries_where_its_pictures_and_its_report_will_go(data_path, tmp_path, name, block, reason):
     train_steps(data_path, tmp_path, "--max-steps", 1, "--workers", 0)
-    shutil.rmtree(tmp_path / "pictures")
-    (tmp_path / "pictures").touch()
-    with pytest.raises(ValueError, match=r"pictures: cannot be written \(File exists\)"):
+    shutil.rmtree(tmp_path / name, ignore_errors=True)
+    block(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: cannot be written \({reason}\)"):
         train_steps(data_path, tmp_path, "--max-steps", 2, "--workers", 0, "--resume", "auto")
 
 

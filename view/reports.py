@@ -1,6 +1,8 @@
 """What a person looks at: inputs of training, and after an evaluation images, chosen by their mistakes, and charts."""
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,20 @@ from . import charts, pictures
 ORDERS = ("first", "worst", "random")
 MIN_SHOWN_SCORE = 0.3
 NUM_INPUTS = 8
+NUM_WORST = 12
 CURVE_THRESHOLDS = 101
 # of a learning curve: kind and key of a line of metrics.jsonl, and what it is called
 CURVES = (("train", "loss", "loss"), ("val", "loss", "validation loss"), ("val", "AP", "AP"), ("val", "AP50", "AP50"))
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image that was evaluated, and by class names the mistakes on it at ``MIN_SHOWN_SCORE``."""
+
+    name: str  # of its file
+    missed: Counter[str]
+    false: Counter[str]
+    pictures: tuple[Tensor, Tensor] | None  # ground truth and detections, uint8 [3, H, W]; None if it cannot be read
 
 
 def choose_images(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, number: int, by: str) -> list[int]:
@@ -43,21 +56,67 @@ def count_mistakes(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis) -
     return np.diff(missed_until), false
 
 
+def find_mistakes(
+    annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, row: int
+) -> tuple[Counter[str], Counter[str]]:
+    """What ``count_mistakes`` counts on an image, by class names: missed objects, and false detections."""
+    span = slice(*annotations.offsets[row : row + 2])
+    detections = diagnosis.detections
+    is_shown = detections[:, 5] >= MIN_SHOWN_SCORE
+    is_missed = ~annotations.is_crowd[span] & ~np.isin(annotations.annotation_ids[span], diagnosis.found[is_shown])
+    is_false = is_shown & diagnosis.is_false & (detections[:, 0] == annotations.image_ids[row])
+    missed, false = annotations.category_ids[span][is_missed], detections[is_false, 6]
+    return tuple(Counter(annotations.categories[i] for i in ids.tolist()) for ids in (missed, false))
+
+
+def draw_worst(
+    annotations: CocoAnnotations, images_dir: Path | None, diagnosis: scoring.Diagnosis
+) -> dict[int, Example]:
+    """By row the ``NUM_WORST`` images with most mistakes, the worst first; fewer where fewer have any."""
+    num_mistakes = sum(count_mistakes(annotations, diagnosis))
+    rows = [row for row in choose_images(annotations, diagnosis, NUM_WORST, "worst") if num_mistakes[row]]
+    return {row: draw_example(annotations, images_dir, diagnosis, row) for row in rows}
+
+
 def draw_images(
-    annotations: CocoAnnotations, images_dir: str | Path, diagnosis: scoring.Diagnosis, rows: Iterable[int]
+    annotations: CocoAnnotations,
+    images_dir: Path,
+    diagnosis: scoring.Diagnosis,
+    rows: Iterable[int],
+    drawn: Mapping[int, Example],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Images with ground truth (left) and detections over ``MIN_SHOWN_SCORE`` (right): a name and uint8 [3, H, W]."""
-    missed, false = count_mistakes(annotations, diagnosis)
+    """Images with ground truth (left) and detections over ``MIN_SHOWN_SCORE`` (right): a name and uint8 [3, H, W].
+
+    What is ``drawn`` already, by row, is not drawn again. Images that cannot be read are left out.
+    """
     for number, row in enumerate(rows):
-        try:
-            image = load_image(annotations, Path(images_dir), row)[..., :3]
-        except DataError:  # evaluation has reported it
-            continue
-        mistakes = f"detections, score >= {MIN_SHOWN_SCORE}: {missed[row]} missed, {false[row]} false"
-        image, scale = pictures.fit_for_viewing(image)
-        objects = draw_objects(annotations, diagnosis, row, image, scale)
-        found = draw_detections(annotations, diagnosis, row, image, scale, mistakes)
-        yield f"{number:04d}_{Path(annotations.file_name(row)).stem}", pictures.side_by_side(objects, found)
+        example = drawn.get(row) or draw_example(annotations, images_dir, diagnosis, row)
+        if example.pictures is not None:
+            yield f"{number:04d}_{Path(example.name).stem}", pictures.side_by_side(*example.pictures)
+
+
+def draw_example(
+    annotations: CocoAnnotations, images_dir: Path | None, diagnosis: scoring.Diagnosis, row: int
+) -> Example:
+    missed, false = find_mistakes(annotations, diagnosis, row)
+    caption = f"detections, score >= {MIN_SHOWN_SCORE}: {missed.total()} missed, {false.total()} false"
+    drawn = draw_pair(annotations, images_dir, diagnosis, row, caption)
+    return Example(annotations.file_name(row), missed, false, drawn)
+
+
+def draw_pair(
+    annotations: CocoAnnotations, images_dir: Path | None, diagnosis: scoring.Diagnosis, row: int, caption: str
+) -> tuple[Tensor, Tensor] | None:
+    """Ground truth and detections; None where there are no images, or this one cannot be read, which was reported."""
+    if images_dir is None:
+        return None
+    try:
+        image = load_image(annotations, images_dir, row)[..., :3]
+    except DataError:
+        return None
+    image, scale = pictures.fit_for_viewing(image)
+    objects = draw_objects(annotations, diagnosis, row, image, scale)
+    return objects, draw_detections(annotations, diagnosis, row, image, scale, caption)
 
 
 def draw_objects(
@@ -133,8 +192,8 @@ def write_pictures(output_dir: Path, drawn: Iterable[tuple[str, Tensor]]) -> Non
         pictures.save_png(picture, folder / f"{name}.png")
 
 
-def write_learning_curve(output_dir: Path, records: Iterable[dict], steps_per_epoch: int) -> None:
-    """Draws what the lines of metrics.jsonl say of losses and AP."""
+def draw_learning_curve(records: Iterable[dict], steps_per_epoch: int) -> Tensor:
+    """What the lines of metrics.jsonl say of losses and AP: uint8 [3, H, W]."""
     known = {}
     for kind, name, label in CURVES:
         found = [one for one in records if one["kind"] == kind and one.get(name) is not None]
@@ -142,7 +201,12 @@ def write_learning_curve(output_dir: Path, records: Iterable[dict], steps_per_ep
             known[label] = [one["step"] / steps_per_epoch for one in found], [one[name] for one in found]
     losses = {label: curve for label, curve in known.items() if "loss" in label}
     metrics = {label: curve for label, curve in known.items() if label not in losses}
-    pictures.save_png(charts.learning_curve(losses, metrics), make_folder(output_dir) / "learning_curve.png")
+    return charts.learning_curve(losses, metrics)
+
+
+def write_learning_curve(output_dir: Path, records: Iterable[dict], steps_per_epoch: int) -> None:
+    """Draws what the lines of metrics.jsonl say to pictures/learning_curve.png."""
+    pictures.save_png(draw_learning_curve(records, steps_per_epoch), make_folder(output_dir) / "learning_curve.png")
 
 
 def make_folder(output_dir: Path) -> Path:

@@ -18,6 +18,7 @@ from engine import inference
 from engine.training_state import TrainingState
 from tests import tiny
 from tests.conftest import SMALL, float64, infer
+from view import reports
 
 STEPS_PER_EPOCH = 4
 
@@ -151,6 +152,25 @@ def test_an_error_in_scoring_ends_the_run(data_path, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train_epochs(data_path, tmp_path)
     assert not (tmp_path / "best.pth").exists()
+
+
+def test_the_report_has_the_learning_curve_up_to_its_own_evaluation(data_path, tmp_path, monkeypatch):
+    """Which is logged later, by the thread that trains."""
+    drawn = []
+    draw = reports.draw_learning_curve
+
+    def spy(records, steps_per_epoch):
+        drawn.append([one["step"] for one in records if one["kind"] == "val"])
+        return draw(records, steps_per_epoch)
+
+    monkeypatch.setattr(reports, "draw_learning_curve", spy)
+    train_epochs(data_path, tmp_path, "--val-loss")
+    assert [STEPS_PER_EPOCH] in drawn
+    assert drawn[-2:] == [[STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]] * 2  # of the report, and in pictures/
+    page = (tmp_path / "report.html").read_text()
+    (line,) = validation_lines(tmp_path)[1:]
+    for text in ("<h1>tiny after 2 epochs</h1>", "Learning curve", f"Validation loss {line['loss']:.4f}", "training"):
+        assert text in page
 
 
 def test_validation_loss_is_logged(data_path, tmp_path):

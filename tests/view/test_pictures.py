@@ -22,7 +22,9 @@ def test_letters_grow_with_large_pictures():
         for side in (640, 1280)
     )
     assert large.shape == (3, 2 * small.shape[1], 2 * small.shape[2])
-    caption_widths = [(picture[0, : picture.shape[2] // 40] < 128).any(dim=0).sum() for picture in (small, large)]
+    caption_widths = [
+        (picture[0, : picture.shape[2] // 40] < 128).any(dim=0).sum().item() for picture in (small, large)
+    ]
     assert caption_widths[1] == pytest.approx(2 * caption_widths[0], rel=0.1)
 
 

@@ -120,7 +120,7 @@ def test_pictures_name_mistakes(truth, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "draw_boxes", spy)
     diagnosis = scoring.diagnose(truth, DETECTIONS)
     rows = [truth.image_ids.tolist().index(image_id) for image_id in (1, 2, 9)]
-    drawn = dict(reports.draw_images(truth, tmp_path, diagnosis, rows))
+    drawn = dict(reports.draw_images(truth, tmp_path, diagnosis, rows, drawn={}))
     assert list(drawn) == ["0000_1", "0001_2"]  # the third cannot be read
     assert written == [
         ("ground truth", ["circle", "star (missed)"]),
