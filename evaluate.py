@@ -138,7 +138,7 @@ def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: P
     worst = reports.draw_worst(annotations, images_dir, diagnosis)
     html_report.write(
         output_dir,
-        title=args.checkpoint or args.detections,
+        title=args.checkpoint or args.detector or args.detections,
         facts=[f"on {annotations.path}"],
         warnings=inference.warnings(found, scores.metrics),
         metrics=scores.metrics,

@@ -34,15 +34,16 @@ class ExportedDetector(nn.Module):
         self.run = run
         self.batch_size = batch_size
         self.part = metadata["part"]
+        self.names = {*ssd.EXPORT_OUTPUTS[self.part]}
         self.size, self.num_classes = int(metadata["size"]), int(metadata["num_classes"])
-        self.classes = json.loads(metadata["classes"])
+        self.classes = [{"label": one["label"], "name": one["name"], **one} for one in json.loads(metadata["classes"])]
         self.thresholds = {name: float(metadata[name]) for name in ("score_thresh", "nms_thresh")}
         self.thresholds |= {name: int(metadata[name]) for name in ("detections_per_img", "topk_candidates")}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The outputs that are of the images; ``default_boxes`` are kept for ``postprocess_detections``."""
         outputs = self.run(images)
-        missing = {*ssd.EXPORT_OUTPUTS[self.part]} - outputs.keys()
+        missing = self.names - outputs.keys()
         if missing:
             raise ValueError(f"the exported file has no output {', '.join(sorted(missing))}")
         self.default_boxes = outputs.pop("default_boxes", None)

@@ -13,7 +13,8 @@ from view import html_report, reports
 
 from . import inference
 from .inference import Inference
-from .run_log import RunLog, read_records
+from .json_lines import read_records
+from .run_log import RunLog
 from .training_state import TrainingState, copy_to_host
 
 NUM_PICTURES = 8

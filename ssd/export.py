@@ -26,6 +26,8 @@ EXPORT_OUTPUTS = {
 PACKAGES = {".onnx": ("onnx", "onnxscript"), ".pt2": ()}
 OPSET = 18  # of ONNX; what others read is often years behind
 METADATA_FILE = "metadata.json"  # in a pt2 file
+# scores [..., A], number -> the highest [..., number] and their places; of equal ones the first
+Topk = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 # boxes [G, T, 4], scores [G, T], thresholds of score and IoU, how many to keep of a group -> int64 [M, 2]
 Suppress = Callable[[Tensor, Tensor, float, float, int], Tensor]
 
@@ -48,9 +50,10 @@ class DetectionsPart(nn.Module):
     suppression: no tensor's shape decides what is computed.
     """
 
-    def __init__(self, model: SSD, suppress: Suppress):
+    def __init__(self, model: SSD, topk: Topk, suppress: Suppress):
         super().__init__()
         self.model = model
+        self.topk = topk
         self.suppress = suppress
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -68,7 +71,7 @@ class DetectionsPart(nn.Module):
         scores = outputs["cls_logits"].softmax(dim=-1)[..., 1:].mT  # [B, K, A]
         num_images, num_classes, num_boxes = scores.shape
         num_candidates = min(model.topk_candidates, num_boxes)
-        scores, places = scores.topk(num_candidates, dim=2)  # [B, K, T]
+        scores, places = self.topk(scores, num_candidates)  # [B, K, T]
         boxes = take(boxes, places.flatten(1)).view(-1, num_candidates, 4)  # [B * K, T, 4]
         scores = scores.flatten(0, 1)  # [B * K, T]
         kept = self.suppress(boxes, scores, model.score_thresh, model.nms_thresh, model.detections_per_img)
@@ -76,7 +79,7 @@ class DetectionsPart(nn.Module):
         scores = scores.flatten()
         scores = torch.zeros_like(scores).scatter(0, kept, scores[kept]).view(num_images, -1)  # [B, K * T]
         scores = F.pad(scores, (0, max(model.detections_per_img - num_classes * num_candidates, 0)))
-        scores, order = scores.topk(model.detections_per_img, dim=1)  # [B, N]
+        scores, order = self.topk(scores, model.detections_per_img)  # [B, N]
         is_found = scores > 0
         order = order * is_found
         labels = torch.div(order, num_candidates, rounding_mode="trunc") + 1
@@ -91,6 +94,14 @@ class DetectionsPart(nn.Module):
 def take(boxes: Tensor, places: Tensor) -> Tensor:
     """Of boxes [B, A, 4] those at ``places`` [B, N]: [B, N, 4]."""
     return boxes.gather(1, places[..., None].expand(-1, -1, 4))
+
+
+def stable_topk(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """``scores.topk(number)``, of equal scores the first, which PyTorch leaves open and ONNX does not."""
+    # Over all places this grows to less than what two scores of 32 bits differ by, which are 0.001 or more.
+    handicap = torch.arange(scores.shape[-1], dtype=torch.float64, device=scores.device) * 2.0**-49
+    places = (scores.double() - handicap).topk(number).indices
+    return scores.gather(-1, places), places
 
 
 def suppress_with_torchvision(
@@ -187,9 +198,9 @@ def describe(model: SSD, part: str, classes: list[dict]) -> dict[str, str]:
     }
 
 
-def trace(model: SSD, part: str, suppress: Suppress) -> torch.export.ExportedProgram:
+def trace(model: SSD, part: str, topk: Topk, suppress: Suppress) -> torch.export.ExportedProgram:
     """The graph of a part, for any number of images."""
-    module = RawPart(model) if part == "raw" else DetectionsPart(model, suppress)
+    module = RawPart(model) if part == "raw" else DetectionsPart(model, topk, suppress)
     images = torch.zeros(2, 3, model.size, model.size)  # of one image PyTorch would take the number for a constant
     with torch.no_grad():
         return torch.export.export(module.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -197,14 +208,14 @@ def trace(model: SSD, part: str, suppress: Suppress) -> torch.export.ExportedPro
 
 def to_pt2(model: SSD, part: str, metadata: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
-    program = trace(model, part, suppress_with_torchvision)
+    program = trace(model, part, stable_topk, suppress_with_torchvision)
     torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(metadata)})
     return buffer.getvalue()
 
 
 def to_onnx(model: SSD, part: str, metadata: dict[str, str]) -> bytes:
     program = torch.onnx.export(
-        trace(model, part, torch.ops.ssd.suppress),
+        trace(model, part, torch.topk, torch.ops.ssd.suppress),
         dynamo=True,
         verbose=False,
         opset_version=OPSET,

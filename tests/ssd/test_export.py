@@ -174,6 +174,34 @@ def test_missing_packages_are_named(monkeypatch):
     ssd.check_export_target("model.pt2")
 
 
+def test_of_equal_scores_the_first_is_taken(tmp_path):
+    """As of a sky without clouds, in which all default boxes of a map say the same; at every place where some go.
+
+    In other programs rounding may make them unequal.
+    """
+    model = make_model(detections_per_img=30, topk_candidates=70)
+    path = tmp_path / "model.pt2"
+    ssd.export_model(model, path, "detections", [])
+    images = torch.zeros(2, 3, 64, 64)
+    images[1, :, 20:40, 30:] = 255
+    with torch.no_grad():
+        scores = model(images)["cls_logits"].softmax(dim=-1)[0, :, 1]
+    assert len(scores.unique()) < len(scores) / 2
+    assert_same_detections(model, run(path, images), images)
+
+
+@pytest.mark.parametrize("size", [8732, 24564, 36000])
+def test_equal_scores_are_in_order_and_close_ones_too(size):
+    scores = torch.rand(size).clamp(min=0.001)
+    scores[1000:1500] = torch.nextafter(scores[:500], torch.ones(()))
+    scores[2000:2500] = scores[:500]
+    scores[-1], scores[0] = torch.nextafter(torch.tensor(0.001), torch.ones(())), 0.001
+    values, places = ssd.export.stable_topk(scores[None].expand(2, -1), size)
+    expected = scores.sort(descending=True, stable=True)
+    assert torch.equal(values[1], expected.values)
+    assert torch.equal(places[1], expected.indices)
+
+
 def test_the_operator_in_the_place_of_suppression_does_the_same():
     """PyTorch computes it where it runs a graph itself, before ONNX's takes its place."""
     boxes = torch.rand(6, 50, 2) * 40

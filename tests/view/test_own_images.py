@@ -1,6 +1,8 @@
 """``evaluate.py --images``: images without annotations."""
 
+import itertools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -43,18 +45,21 @@ def test_a_folder_of_photographs(run, checkpoint, data_path, tmp_path, processes
     for name, source in (("b.JPG", "000001.jpg"), ("a.jpeg", "000002.jpg"), ("c.png", "000003.jpg")):
         Image.open(data_path / "val2017" / source).save(folder / name, format="PNG" if name == "c.png" else "JPEG")
     (folder / "notes.txt").write_text("not an image")
-    flags = ["--images", folder, "--output-dir", tmp_path / "out", "--device", "cpu", "--workers", 1]
+    flags = ["--images", folder, "--output-dir", tmp_path / "out", "--device", "cpu", "--workers", 1, "--min-score", 0]
     console = run("evaluate.py", "--checkpoint", checkpoint, *flags, processes=processes).stdout
     found = json.loads((tmp_path / "out/detections.json").read_text())
     assert {one["file_name"] for one in found} == {"a.jpeg", "b.JPG", "c.png"}
     assert {one["category"] for one in found} <= set(NAMES)
     assert all(f"{name}: " in console for name in ("a.jpeg", "b.JPG", "c.png"))
     drawn = sorted(path.name for path in (tmp_path / "out/pictures").iterdir())
-    assert drawn == ["0000_a.jpeg.png", "0001_b.JPG.png", "0002_c.png.png"]
+    assert drawn == ["a.jpeg.png", "b.JPG.png", "c.png.png"]
+    assert re.search(r"The detections on 3 images are in .*out \([\d.]+ images/s\)", console)
+    lines = (tmp_path / "out/detections.jsonl").read_text().splitlines()[1:]
+    assert [json.loads(line)["file_name"] for line in lines] == ["a.jpeg", "b.JPG", "c.png"]
 
 
 def test_detections_are_those_of_an_evaluation(checkpoint, data_path, tmp_path):
-    found = detect(checkpoint, data_path / "val2017", tmp_path / "own")
+    found = detect(checkpoint, data_path / "val2017", tmp_path / "own", "--min-score", 0)
     a = coco.read_annotations(data_path / "annotations/instances_val2017.json")
     flags = ["--checkpoint", str(checkpoint), "--device", "cpu", "--workers", "0"]
     args = evaluate.get_args_parser().parse_args(flags)
@@ -74,7 +79,11 @@ def test_photographs_are_turned_upright(checkpoint, data_path, tmp_path):
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
     upright, lying = (own_images.load_upright(tmp_path / name) for name in ("upright.png", "lying.png"))
     np.testing.assert_array_equal(upright[..., :3], lying[..., :3])
-    one, other = (detect(checkpoint, tmp_path / name, tmp_path / "out") for name in ("upright.png", "lying.png"))
+    flags = ["--min-score", 0]
+    one, other = (
+        detect(checkpoint, tmp_path / name, tmp_path / "out", *flags) for name in ("upright.png", "lying.png")
+    )
+    assert len(one) > 0
     assert [d | {"file_name": ""} for d in one] == [d | {"file_name": ""} for d in other]
 
 
@@ -101,21 +110,149 @@ def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
     np.testing.assert_array_equal(own_images.load_upright(tmp_path / "image.png")[..., :3], np.asarray(expected))
 
 
-def test_only_sure_detections_are_drawn_and_the_surest_on_top(data_path, tmp_path, monkeypatch, capsys):
+def test_only_sure_detections_are_drawn_and_the_surest_on_top(data_path, tmp_path, monkeypatch):
     written = []
     draw_boxes = own_images.pictures.draw_boxes
 
     def spy(image, boxes, labels, texts, caption):
-        written.extend(texts)
+        written.extend([*texts, caption])
         return draw_boxes(image, boxes, labels, texts, caption)
 
     monkeypatch.setattr(own_images.pictures, "draw_boxes", spy)
-    dataset = own_images.ImageFiles([data_path / "val2017/000001.jpg"], preset=None)
     detections = np.array([[0, 9, 9, 20, 20, score, 1] for score in (0.5, 0.9, 0.29, 0.3)])
-    own_images.report(tmp_path, dataset, detections, [], {1: "cat"})
-    assert written == ["cat 0.30", "cat 0.50", "cat 0.90"]
-    assert "000001.jpg: cat 0.90, cat 0.50, cat 0.30\n" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "detections.json").read_text())) == 4
+    detections = own_images.at_least(detections, 0.3)
+    own_images.write_picture(data_path / "val2017/000001.jpg", detections, {1: "cat"}, 0.3, tmp_path / "drawn.png")
+    assert written == ["cat 0.30", "cat 0.50", "cat 0.90", "3 detections, score >= 0.3"]
+    described = own_images.describe("000001.jpg", "", detections, {1: "cat"})
+    assert own_images.as_line(described) == "000001.jpg: cat 0.90, cat 0.50, cat 0.30"
+    assert described["detections"][0] == {"category": "cat", "bbox": [9, 9, 20, 20], "score": 0.9}
+
+
+def test_a_line_names_the_surest_only():
+    many = own_images.describe("a.jpg", "", np.array([[0, 9, 9, 20, 20, 0.5, 1]] * 12), {1: "cat"})
+    assert own_images.as_line(many) == "a.jpg: " + ", ".join(["cat 0.50"] * 10) + ", ..."
+    assert own_images.as_line(own_images.describe("a.jpg", "", np.zeros((0, 7)), {})) == "a.jpg: nothing"
+    assert (
+        own_images.as_line(own_images.describe("a.jpg", "a.jpg: torn", np.zeros((0, 7)), {})) == "Skipped a.jpg: torn"
+    )
+
+
+def test_images_are_in_the_order_of_the_numbers_in_their_names(tmp_path):
+    names = ["1.jpg", "02.jpg", "2.jpg", "10.jpg", "a1b2.jpg", "a1b10.jpg", "a2.jpg", "a.jpg", "f_9.png", "f_10.png"]
+    for name in reversed(names):
+        (tmp_path / name).touch()
+    assert [path.name for path in own_images.find_images(tmp_path, tmp_path)] == names
+
+
+@pytest.fixture
+def folder(data_path, tmp_path):
+    """Five images."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, source in enumerate(sorted((data_path / "val2017").iterdir())[:5], start=7):
+        shutil.copy(source, folder / f"frame_{number}.jpg")
+    return folder
+
+
+def drawn_in(output_dir) -> dict[str, int]:
+    """When each picture was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (output_dir / "pictures").iterdir()}
+
+
+def test_what_is_done_is_skipped_and_what_it_found_is_kept(checkpoint, folder, tmp_path, capsys):
+    flags = ["--skip-done", "--min-score", "0.02", "--batch-size", "2"]
+    expected = detect(checkpoint, folder, tmp_path / "whole", *flags[1:])
+    assert {one["file_name"] for one in expected} == {path.name for path in folder.iterdir()}
+    # stopped after some images; one of their pictures was thrown away, and the last line is torn
+    detect(checkpoint, folder, tmp_path / "out", *flags)
+    journal = tmp_path / "out/detections.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:4]) + lines[4][:30])
+    (tmp_path / "out/detections.json").unlink()
+    (tmp_path / "out/pictures/frame_8.jpg.png").unlink()
+    before = drawn_in(tmp_path / "out")
+    capsys.readouterr()
+    assert detect(checkpoint, folder, tmp_path / "out", *flags) == expected
+    console = capsys.readouterr().out
+    assert f"Detecting on 3 of 5 images in {folder}\n" in console
+    assert re.findall(r"^(frame_\d+)", console, re.MULTILINE) == ["frame_8", "frame_10", "frame_11"]
+    after = drawn_in(tmp_path / "out")
+    same = {name for name in after if before.get(name) == after[name]}
+    assert (len(after), same) == (5, {"frame_7.jpg.png", "frame_9.jpg.png"})
+    # nothing is left, then there is one more
+    assert detect(checkpoint, folder, tmp_path / "out", *flags) == expected
+    shutil.copy(folder / "frame_7.jpg", folder / "frame_2.jpg")
+    more = detect(checkpoint, folder, tmp_path / "out", *flags)
+    assert more[0]["file_name"] == "frame_2.jpg"
+    assert [one for one in more if one["file_name"] != "frame_2.jpg"] == expected
+
+
+def test_without_being_asked_nothing_is_skipped_and_old_pictures_go(checkpoint, folder, tmp_path):
+    output_dir = tmp_path / "out"
+    detect(checkpoint, folder, output_dir, "--min-score", "0.02")
+    (output_dir / "pictures/mine.png").touch()
+    (folder / "frame_7.jpg").unlink()
+    before = drawn_in(output_dir)
+    found = detect(checkpoint, folder, output_dir, "--min-score", "0.02")
+    after = drawn_in(output_dir)
+    assert "frame_7.jpg" not in {one["file_name"] for one in found}
+    assert after.keys() == before.keys() - {"frame_7.jpg.png"}
+    assert {name for name in after if after[name] == before[name]} == {"mine.png"}
+
+
+def test_json_only_draws_nothing_and_can_be_continued(checkpoint, folder, tmp_path, capsys):
+    flags = ["--json-only", "--skip-done"]
+    found = detect(checkpoint, folder, tmp_path / "out", *flags)
+    assert not (tmp_path / "out/pictures").exists()
+    capsys.readouterr()
+    assert detect(checkpoint, folder, tmp_path / "out", *flags) == found
+    assert "Detecting on 0 of 5 images" in capsys.readouterr().out
+    detect(checkpoint, folder, tmp_path / "out", "--skip-done")  # now with pictures, of which there are none
+    assert len(drawn_in(tmp_path / "out")) == 5
+
+
+@pytest.mark.parametrize("change", ["--images", "--checkpoint", "--min-score"])
+def test_what_was_found_otherwise_is_not_continued(checkpoint, folder, tmp_path, change):
+    output_dir = tmp_path / "out"
+    detect(checkpoint, folder, output_dir, "--skip-done")
+    before = (output_dir / "detections.jsonl").read_bytes()
+    other = {"--images": tmp_path / "others", "--checkpoint": tmp_path / "other.pth"}
+    shutil.copytree(folder, other["--images"])
+    shutil.copy(checkpoint, other["--checkpoint"])
+    now = {"--checkpoint": checkpoint, "--images": folder} | {key: other[key] for key in [change] if key in other}
+    flags = ["--skip-done", *(["--min-score", "0.5"] if change == "--min-score" else [])]
+    with pytest.raises(ValueError, match=rf"--skip-done: what is in {output_dir} was found with {change} .*, this run"):
+        detect(now["--checkpoint"], now["--images"], output_dir, *flags)
+    assert (output_dir / "detections.jsonl").read_bytes() == before
+
+
+def test_a_skipped_image_is_tried_again(checkpoint, folder, tmp_path):
+    whole = (folder / "frame_9.jpg").read_bytes()
+    (folder / "frame_9.jpg").write_bytes(whole[:500])
+    flags = ["--on-bad-image", "skip", "--skip-done", "--min-score", "0.02"]
+    names = {one["file_name"] for one in detect(checkpoint, folder, tmp_path / "out", *flags)}
+    assert "frame_9.jpg" not in names
+    (folder / "frame_9.jpg").write_bytes(whole)
+    found = detect(checkpoint, folder, tmp_path / "out", *flags)
+    assert {one["file_name"] for one in found} == names | {"frame_9.jpg"}
+    assert len(drawn_in(tmp_path / "out")) == 5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_stopped_has_what_it_did(run, checkpoint, folder, tmp_path, processes):
+    """At a bad image: of the batches before it everything is there."""
+    (folder / "frame_11.jpg").write_bytes(b"no image")
+    flags = ["--images", folder, "--output-dir", tmp_path / "out", "--device", "cpu", "--workers", 0, "--batch-size", 1]
+    command = ["evaluate.py", "--checkpoint", checkpoint, *flags, "--skip-done", "--min-score", "0.02"]
+    run(*command, processes=processes, fails=True)
+    records = [json.loads(line) for line in (tmp_path / "out/detections.jsonl").read_text().splitlines()[1:]]
+    names = [f"frame_{i}.jpg" for i in range(7, 11)]
+    assert [one["file_name"] for one in records] == names
+    assert {f"{name}.png" for name in names} <= drawn_in(tmp_path / "out").keys()
+    (folder / "frame_11.jpg").write_bytes((folder / "frame_7.jpg").read_bytes())
+    assert "Detecting on 1 of 5 images" in run(*command, processes=processes).stdout
+    found = json.loads((tmp_path / "out/detections.json").read_text())
+    assert [name for name, _ in itertools.groupby(one["file_name"] for one in found)] == [*names, "frame_11.jpg"]
 
 
 def test_own_photographs_are_never_replaced(checkpoint, data_path, tmp_path):
@@ -130,7 +267,7 @@ def test_own_photographs_are_never_replaced(checkpoint, data_path, tmp_path):
 
 def test_boxes_are_drawn_where_they_are_on_large_images():
     image = np.zeros((1000, 2560, 3), np.uint8)
-    picture = own_images.draw(image, np.array([[0, 512.0, 200, 1024, 400, 0.9, 1]]), {1: "cat"})
+    picture = own_images.draw(image, np.array([[0, 512.0, 200, 1024, 400, 0.9, 1]]), {1: "cat"}, 0.3)
     assert picture.shape == (3, 500 + 36, own_images.pictures.MAX_SIDE)
     assert picture[:, 36 + 200, 256].max() > 0  # half way down its left side
     assert picture[:, 36 + 200, 250].max() == 0
@@ -143,7 +280,7 @@ def test_bad_images(checkpoint, data_path, tmp_path, capsys):
     (folder / "bad.jpg").write_bytes((folder / "good.jpg").read_bytes()[:1000])
     with pytest.raises(DataError, match=r"bad\.jpg: cannot be decoded"):
         detect(checkpoint, folder, tmp_path / "out")
-    found = detect(checkpoint, folder, tmp_path / "out", "--on-bad-image", "skip")
+    found = detect(checkpoint, folder, tmp_path / "out", "--on-bad-image", "skip", "--min-score", 0)
     assert {one["file_name"] for one in found} == {"good.jpg"}
     assert "Skipped" in (console := capsys.readouterr().out)
     assert f"{folder / 'bad.jpg'}: cannot be decoded" in console
@@ -156,10 +293,13 @@ def test_bad_images(checkpoint, data_path, tmp_path, capsys):
         (["--checkpoint", "CHECKPOINT", "--images", "EMPTY"], r"has no image; looked for \.jpg, \.jpeg, \.png"),
         (
             ["--detections", "x.json", "--images", "EMPTY"],
-            "has no ground truth and draws all: give --checkpoint",
+            "has no ground truth and draws all: give a model",
         ),
         (["--checkpoint", "CHECKPOINT", "--images", "EMPTY", "--pictures", "3"], "no --pictures"),
         (["--checkpoint", "CHECKPOINT", "--images", "EMPTY", "--val-loss"], "no --val-loss"),
+        (["--checkpoint", "CHECKPOINT", "--skip-done"], "are for --images"),
+        (["--checkpoint", "CHECKPOINT", "--json-only"], "are for --images"),
+        (["--checkpoint", "CHECKPOINT", "--min-score", "0"], "are for --images"),
     ],
 )
 def test_flags_that_cannot_be(checkpoint, tmp_path, flags, message):
