@@ -3,9 +3,9 @@
     python -m benchmarks.export --checkpoint out/best.pth --data-path photos [flags of evaluate.py]
 
 Exports both parts in both formats, and detects with each file and with PyTorch on the validation set, from resized
-images in memory to detections, on the CPU. Each has a process of its own; they take turns, and the fastest round counts.
-Detections of a file are compared with those of PyTorch: each with the one of its class that is nearest, which must be
-within a pixel. The last line is one JSON object of all that is known.
+images in memory to detections, on the CPU. Each has a process of its own; they take turns, and the fastest round
+counts. Detections of a file are compared with those of PyTorch: each with the one of its class that is nearest, which
+must be within a pixel. The last line is one JSON object of all that is known.
 """
 
 import argparse
