@@ -16,7 +16,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +28,10 @@ import ssd
 import utils
 from coco import CocoAnnotations, Split, scoring
 from coco_utils import CocoEvalDataset
-from engine import checkpoints, evaluation_flags, execution, failures, flags, inference, output
+from engine import checkpoints, evaluation_flags, execution, failures, flags, inference, output, resuming
 from engine.exported import ExportedDetector, open_exported
 from engine.inference import Inference
-from engine.journal import Journal
+from engine.journal import Journal, describe_file
 from engine.progress import Progress
 from presets import DetectionPresetEval
 from view import html_report, own_images, reports
@@ -99,11 +99,11 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         annotations = checkpoints.check_knows(model, classes, name, annotations)
         utils.print_on_main(f"Evaluating {name} on {len(annotations.image_ids)} images ({annotations.path})")
         dataset = make_validation_set(args, model, annotations, split.images_dir)
-        found = make_infer(args, device)(model, dataset, annotations.category_id_of)
+        found, notes = make_infer(args, device)(model, dataset, annotations.category_id_of), model.notes
     else:
-        found = read_detections(args, annotations)
+        found, notes = read_detections(args, annotations), []
     if found is not None:
-        report(args, annotations, split.images_dir, found)
+        report(args, annotations, split.images_dir, found, notes)
 
 
 def read_detections(args: argparse.Namespace, annotations: CocoAnnotations) -> Inference | None:
@@ -117,7 +117,9 @@ def read_detections(args: argparse.Namespace, annotations: CocoAnnotations) -> I
     return Inference(annotations.image_ids, detections, losses=None, faults=[])
 
 
-def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: Path, found: Inference) -> None:
+def report(
+    args: argparse.Namespace, annotations: CocoAnnotations, images_dir: Path, found: Inference, notes: Iterable[str]
+) -> None:
     """Writes ``--output-dir``, the detections before they are scored, and prints the scores."""
     output_dir = Path(args.output_dir)
     for name in ("metrics.json", html_report.FILE_NAME):
@@ -136,10 +138,14 @@ def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: P
     diagnosis = scoring.diagnose(annotations, found.detections)
     charts = reports.draw_charts(annotations, scores, diagnosis)
     worst = reports.draw_worst(annotations, images_dir, diagnosis)
+    if args.pictures:
+        rows = reports.choose_images(annotations, diagnosis, args.pictures, args.pictures_by)
+        drawn = reports.draw_images(annotations, images_dir, diagnosis, rows, worst)
+        reports.write_pictures(output_dir, itertools.chain(charts.items(), drawn))
     html_report.write(
         output_dir,
         title=args.checkpoint or args.detector or args.detections,
-        facts=[f"on {annotations.path}"],
+        facts=[f"on {annotations.path}", *notes],
         warnings=inference.warnings(found, scores.metrics),
         metrics=scores.metrics,
         charts=charts,
@@ -147,10 +153,6 @@ def report(args: argparse.Namespace, annotations: CocoAnnotations, images_dir: P
         data={"validation": annotations},
         flags=vars(args),
     )
-    if args.pictures:
-        rows = reports.choose_images(annotations, diagnosis, args.pictures, args.pictures_by)
-        drawn = reports.draw_images(annotations, images_dir, diagnosis, rows, worst)
-        reports.write_pictures(output_dir, itertools.chain(charts.items(), drawn))
     print(f"The results are in {output_dir}")
 
 
@@ -159,33 +161,48 @@ def detect_on_images(args: argparse.Namespace, device: torch.device) -> None:
     output_dir = Path(args.output_dir)
     min_score = reports.MIN_SHOWN_SCORE if args.min_score is None else args.min_score
     output.prepare(output_dir, ["detections.json", "detections.jsonl"], [] if args.json_only else ["pictures"])
-    paths = {path.name: path for path in own_images.find_images(args.images, output_dir)}
     model, classes = open_model(args, device)
     names = own_images.class_names(classes, model.num_classes)
-    folder = str(next(iter(paths.values())).resolve().parent)
-    model_flags = {"--checkpoint": args.checkpoint, "--detector": args.detector}
-    origin = {"--images": folder, **model_flags, "--min-score": min_score}
-    journal = Journal(output_dir, origin, has_pictures=not args.json_only)
-    left = utils.run_on_main(lambda: journal.begin([*paths], args.skip_done))
-    utils.print_on_main(f"Detecting on {len(left)} of {len(paths)} images in {folder}")
+    journal = Journal(output_dir, origin_of(args, min_score), has_pictures=not args.json_only)
+
+    def begin() -> tuple[list[Path], dict[Path, str]]:
+        resuming.claim(output_dir)
+        paths = own_images.find_images(args.images, output_dir)
+        return paths, journal.begin(paths, args.skip_done)
+
+    paths, left = utils.run_on_main(begin)
+    utils.print_on_main(f"Detecting on {len(left)} of {len(paths)} images of {args.images}")
+    skip_bad_images = args.on_bad_image == "skip"
 
     def finish(index: int, fault: str, detections: ndarray) -> dict:
-        name = left[index]
-        detections = own_images.at_least(detections, min_score)
+        path, detections = dataset.paths[index], own_images.at_least(detections, min_score)
         if not (fault or args.json_only):
-            own_images.write_picture(paths[name], detections, names, min_score, journal.picture_of(name))
-        return own_images.describe(name, fault, detections, names)
+            image, fault = coco.load_or_skip(partial(coco.load_upright, path), skip_bad_images)
+            if not fault:
+                content = own_images.to_png(image[..., :3], detections, names, min_score)
+                ssd.write_file([content], journal.picture_of(path.name))
+        return own_images.describe(path, left[path], fault, detections[: 0 if fault else None], names)
 
-    preset = DetectionPresetEval(size=model.size)
-    dataset = own_images.ImageFiles([paths[name] for name in left], preset, args.on_bad_image == "skip")
+    dataset = own_images.ImageFiles([*left], DetectionPresetEval(size=model.size), skip_bad_images)
     settings = inference_settings(args, device)
     progress = Progress(len(left))
     for found in inference.infer_in_turn(model, dataset, {label: label for label in names}, **settings, finish=finish):
         journal.add(found)
         progress.add([own_images.as_line(one) for one in found])
     if utils.is_main():
-        journal.finish([*paths])
+        journal.finish([path.name for path in paths])
         progress.finish(f"The detections on {len(paths)} images are in {output_dir}")
+
+
+def origin_of(args: argparse.Namespace, min_score: float) -> dict[str, str]:
+    """By the names of flags, what the detections on ``--images`` depend on."""
+    images = Path(args.images).resolve()
+    origin = {"--images": str(images.parent if images.is_file() else images), "--min-score": f"{min_score:g}"}
+    for flag, name in (("--checkpoint", args.checkpoint), ("--detector", args.detector)):
+        is_file = name is not None and Path(name).is_file()
+        origin[flag] = f"{Path(name).resolve()} of {describe_file(name)}" if is_file else f"{name}"
+    flags_of_model = ("model", "no_ema", "input_scaling", "default_boxes", "amp")
+    return origin | {f"--{flag.replace('_', '-')}": f"{getattr(args, flag)}" for flag in flags_of_model}
 
 
 def export(args: argparse.Namespace) -> None:
@@ -196,9 +213,12 @@ def export(args: argparse.Namespace) -> None:
     model, classes = open_model(args, torch.device("cpu"))
     names = own_images.class_names(classes, model.num_classes)
     classes = classes or [{"label": label, "name": name} for label, name in names.items()]
-    utils.run_on_main(lambda: ssd.export_model(model.eval(), file, part, classes))
-    size = f"{file.stat().st_size / 1e6:.1f} MB"
-    utils.print_on_main(f"Exported to {file}: {part} of {len(classes)} classes, {size}")
+
+    def write() -> None:
+        ssd.export_model(model.eval(), file, part, classes)
+        print(f"Exported to {file}: {part} of {len(classes)} classes, {file.stat().st_size / 1e6:.1f} MB")
+
+    utils.run_on_main(write)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -235,7 +255,8 @@ def evaluate_as_trained(args: argparse.Namespace) -> None:
             raise ValueError(f"--test-only --resume auto: there is no checkpoint in {args.output_dir}")
         checkpoint = str(found.path)
     defaults = get_args_parser().parse_args(["--checkpoint", checkpoint])
-    main(argparse.Namespace(**vars(defaults) | vars(args)))
+    output_dir = str(Path(args.output_dir) / "evaluation")  # beside what the training wrote
+    main(argparse.Namespace(**vars(defaults) | vars(args) | {"output_dir": output_dir}))
 
 
 if __name__ == "__main__":

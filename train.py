@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
         val_dataset = evaluate.make_validation_set(args, model, val_annotations, splits["val"].images_dir)
         infer = evaluate.make_infer(args, device)
         # detects after an epoch, scores in a thread beside the next, and then saves best.pth
-        validation = Validation(state, val_dataset, infer, log, output_dir, saver.save_best, annotations, vars(args))
+        validation = Validation(state, val_dataset, infer, log, output_dir, saver.save_best, dataset, vars(args))
         # signals and --time-limit, after which the state is saved; numbers that are not finite, after which it is not
         stopping = Stopping(interruption, Divergence(output_dir))
         run = Run(state, last_step, args.eval_freq, args.checkpoint_freq, validation, saver, stopping)

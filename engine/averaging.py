@@ -18,7 +18,8 @@ def make_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
 def update_average(average: AveragedModel, model: nn.Module) -> None:
     """``average.update_parameters(model)``, with which the host would wait for a GPU in each step.
 
-    It copies ``n_averaged``, which is in the host's memory, to the device, where no exponential average looks at it.
+    PyTorch's copies ``n_averaged``, which is in the host's memory, to the device, where no exponential average looks
+    at it.
     """
     if average.n_averaged == 0:
         average.update_parameters(model)  # takes the weights over, and copies no counter
@@ -26,5 +27,9 @@ def update_average(average: AveragedModel, model: nn.Module) -> None:
     averages, weights = ([*module.parameters(), *module.buffers()] for module in (average.module, model))
     for dtype in {weight.dtype for weight in weights}:
         of_dtype = ([tensor for tensor in tensors if tensor.dtype == dtype] for tensors in (averages, weights))
-        average.multi_avg_fn(*of_dtype, average.n_averaged)
+        if dtype.is_floating_point:
+            average.multi_avg_fn(*of_dtype, average.n_averaged)
+        else:  # counters, whose average would be cut to an integer
+            for average_tensor, tensor in zip(*of_dtype, strict=True):
+                average_tensor.copy_(tensor)
     average.n_averaged += 1

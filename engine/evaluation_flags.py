@@ -82,8 +82,12 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--min-score, --skip-done and --json-only are for --images")
     if args.export is None and args.export_part is not None:
         raise ValueError("--export-part needs --export, the file to write")
-    if args.export is not None and (args.checkpoint is None or args.images is not None):
-        raise ValueError("--export writes the model of --checkpoint, and does nothing else")
+    if args.export is not None:
+        others = args.images, args.amp, args.val_loss or None, args.pictures or None
+        if args.checkpoint is None or {*others} != {None} or args.device not in (None, "cpu"):
+            raise ValueError(
+                "--export writes the model of --checkpoint, in float32 and on the CPU, and does nothing else"
+            )
     if args.detections is not None and args.val_loss:
         raise ValueError("--val-loss needs a model: give --checkpoint instead of --detections")
     if args.detector is not None:

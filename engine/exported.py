@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,13 +29,14 @@ class ExportedDetector(nn.Module):
 
     device = torch.device("cpu")
     boxes_per_map = ()
+    notes = ()
 
     def __init__(self, run: Run, metadata: dict[str, str], batch_size: int | None = None):
         super().__init__()
         self.run = run
         self.batch_size = batch_size
         self.part = metadata["part"]
-        self.names = {*ssd.EXPORT_OUTPUTS[self.part]}
+        self.names = ssd.EXPORT_OUTPUTS[self.part]
         self.size, self.num_classes = int(metadata["size"]), int(metadata["num_classes"])
         self.classes = [{"label": one["label"], "name": one["name"], **one} for one in json.loads(metadata["classes"])]
         self.thresholds = {name: float(metadata[name]) for name in ("score_thresh", "nms_thresh")}
@@ -43,22 +45,19 @@ class ExportedDetector(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The outputs that are of the images; ``default_boxes`` are kept for ``postprocess_detections``."""
         outputs = self.run(images)
-        missing = self.names - outputs.keys()
-        if missing:
-            raise ValueError(f"the exported file has no output {', '.join(sorted(missing))}")
-        self.default_boxes = outputs.pop("default_boxes", None)
-        return outputs
+        self.default_boxes = outputs.get("default_boxes")
+        return {name: outputs[name] for name in self.names if name != "default_boxes"}
 
     def postprocess_detections(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
         """As of ``ssd.SSD``."""
         if self.part == "raw":
-            found = ssd.postprocess(outputs, self.default_boxes, self.size, **self.thresholds)
+            found = ssd.find_detections(outputs, self.default_boxes, self.size, **self.thresholds)
         else:
             ssd.check_finite({name: outputs[name] for name in ("boxes", "scores")})
-            padded = zip(*(outputs[name] for name in ssd.EXPORT_OUTPUTS[self.part]), strict=True)
+            padded = zip(*(outputs[name] for name in self.names), strict=True)
             found = [
-                {"boxes": boxes[:count], "scores": scores[:count], "labels": labels[:count]}
-                for boxes, scores, labels, count in padded
+                {"boxes": boxes[:count], "scores": scores[:count], "labels": labels[:count].long()}
+                for boxes, scores, labels, count in ((*outputs, int(count)) for *outputs, count in padded)
             ]
         return ssd.resize_boxes(found, self.size, sizes)
 
@@ -74,18 +73,39 @@ def open_exported(path: str) -> ExportedDetector:
     open_file = {".onnx": open_onnx, ".pt2": open_pt2}.get(Path(path).suffix)
     if open_file is None:
         raise ValueError(f"{path}: --detector takes the files of --export, which end with .onnx or .pt2")
-    run, metadata, batch_size = open_file(path)
+    with ssd.quietly():
+        opened = open_file(path)
     try:
-        return ExportedDetector(run, metadata, batch_size)
-    except (KeyError, TypeError, ValueError):
+        detector = ExportedDetector(opened.run, opened.metadata, opened.batch_size)
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"{path}: does not tell its classes, size and thresholds, as a file of evaluate.py --export does; "
             "if a tool has dropped its metadata, copy them from the file that it was made from"
         ) from None
+    expected = ("batch", 3, detector.size, detector.size)
+    if opened.input_shape[1:] != expected[1:]:
+        raise ValueError(f"{path}: takes images of the shape {opened.input_shape}, not {expected}")
+    if missing := {*detector.names} - opened.outputs:
+        raise ValueError(f"{path}: has no output {', '.join(sorted(missing))}; tools must keep the names")
+    return detector
 
 
-def open_onnx(path: str) -> tuple[Run, dict[str, str], int | None]:
-    """What an ONNX file computes, its metadata, and its batch size if that is fixed."""
+@dataclass
+class Opened:
+    """A file that can be run."""
+
+    run: Run
+    metadata: dict[str, str]
+    input_shape: tuple[int | str, ...]
+    outputs: set[str]
+
+    @property
+    def batch_size(self) -> int | None:
+        """If it is fixed."""
+        return self.input_shape[0] if isinstance(self.input_shape[0], int) else None
+
+
+def open_onnx(path: str) -> Opened:
     if importlib.util.find_spec("onnxruntime") is None:
         raise ValueError(f"{path}: to run it, Python needs another package: pip install onnxruntime")
     import onnxruntime
@@ -111,17 +131,18 @@ def open_onnx(path: str) -> tuple[Run, dict[str, str], int | None]:
             for name, output in zip(names, outputs, strict=True)
         }
 
-    batch_size = images_input.shape[0]
-    return run, session.get_modelmeta().custom_metadata_map, batch_size if isinstance(batch_size, int) else None
+    return Opened(run, session.get_modelmeta().custom_metadata_map, tuple(images_input.shape), {*names})
 
 
-def open_pt2(path: str) -> tuple[Run, dict[str, str], None]:
-    """What a pt2 file computes, and its metadata."""
+def open_pt2(path: str) -> Opened:
     files = {ssd.METADATA_FILE: ""}
     try:
         program = torch.export.load(path, extra_files=files)
         metadata = json.loads(files[ssd.METADATA_FILE] or "{}")
+        (images,) = program.example_inputs[0]
+        outputs = program.call_spec.out_spec.context
     except Exception as error:  # of damaged content PyTorch makes all kinds
         raise ValueError(f"{path}: PyTorch cannot open it ({ssd.first_line(error)})") from None
     module = program.module()
-    return lambda images: module(images), metadata, None  # not the module: it refuses eval() of what holds it
+    # not the module: it refuses eval() of what holds it
+    return Opened(lambda images: module(images), metadata, ("batch", *images.shape[1:]), {*(outputs or ())})

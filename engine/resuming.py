@@ -11,6 +11,7 @@ from pathlib import Path
 import ssd
 import utils
 from coco import CocoAnnotations, check_same_classes
+from view.html_report import FILE_NAME as REPORT
 
 from . import output
 from .checkpoints import BEST, LATEST, Found, older_checkpoints, read_checkpoint, step_of
@@ -18,7 +19,7 @@ from .training_state import TrainingState
 
 LOCK = ".lock"
 RUN_FILES = (LATEST, "checkpoint_*.pth", BEST, "metrics.jsonl", "args.json", "pictures", "events.out.tfevents*")
-RUN_FILES += ("not_finite_*.pth", "report.html")
+RUN_FILES += ("not_finite_*.pth", REPORT)
 # what a resumed run must share with the run that it continues, beside the number of images of a step
 FIXED_FLAGS = (
     "model",
@@ -125,7 +126,7 @@ def begin_or_continue(
         set_aside(output_dir, [file for name in RUN_FILES for file in output_dir.glob(name)])
     elif found.path.name != LATEST:
         set_aside(output_dir, not_continued(output_dir, found))
-    output.prepare(output_dir, ["report.html"], folders=["pictures"])
+    output.prepare(output_dir, [REPORT], folders=["pictures"])
     if not (output_dir / BEST).exists():
         state.best_ap = -1.0  # that of the resumed run is elsewhere
     return state.global_step if (output_dir / LATEST).exists() else None
@@ -153,9 +154,9 @@ def claim(output_dir: Path) -> None:
 
 
 def not_continued(output_dir: Path, found: Found) -> list[Path]:
-    """The checkpoints that are unusable, or later than the one that the run goes on from."""
+    """The checkpoints that are unusable, or later than the one that the run goes on from; and the report of one."""
     step = step_of(found.content)
-    files = {*output_dir.glob(LATEST), *found.unusable}
+    files = {*output_dir.glob(LATEST), *output_dir.glob(REPORT), *found.unusable}
     files |= {file for file, other in older_checkpoints(output_dir).items() if other > step}
     for best in output_dir.glob(BEST):
         try:

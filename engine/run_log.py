@@ -104,7 +104,7 @@ class RunLog:
 
     def draw_learning_curve(self, steps_per_epoch: int) -> None:
         """Draws what is logged so far to pictures/learning_curve.png; on the main process only."""
-        reports.write_learning_curve(self.output_dir, read_records(self.path), steps_per_epoch)
+        reports.write_learning_curve(self.output_dir, [*read_records(self.path)], steps_per_epoch)
 
     def finish(self, text: str) -> None:
         """Says what was skipped in all, then ``text``, and closes the log."""

@@ -80,10 +80,11 @@ class TrainingState:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # where fp16 skips the first step
             self.lr_scheduler.step()
         self.num_parts = 0
-        if self.ema is not None:
+        overflowed = self.scaler.get_scale() < scale
+        if self.ema is not None and not overflowed:
             update_average(self.ema, self.model)
         if self.scaler.is_enabled():
-            self.count_overflow(self.scaler.get_scale() < scale)
+            self.count_overflow(overflowed)
             norm = torch.zeros_like(norm)
         return norm
 

@@ -1,14 +1,15 @@
 """Evaluation within a training run: detection between two epochs, all that needs no model beside the next one."""
 
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import utils
-from coco import CocoAnnotations, scoring
-from coco_utils import CocoEvalDataset
+from coco import scoring
+from coco_utils import CocoEvalDataset, CocoTrainDataset
 from view import html_report, reports
 
 from . import inference
@@ -53,7 +54,7 @@ class Validation:
         log: RunLog,
         output_dir: Path,
         save_best: Callable[[dict], None],
-        training_set: CocoAnnotations,
+        training_set: CocoTrainDataset,
         flags: dict,
     ):
         self.state = state
@@ -88,7 +89,14 @@ class Validation:
         scores = inference.score(self.annotations, found, "hotcoco")
         seconds = time.perf_counter() - start
         numbers = numbers_of(found, scores.metrics, seconds)
-        self.show(found, scores, step, numbers)
+        try:
+            self.show(found, scores, step, numbers)
+        except OSError:  # as of a full disk, which will not take checkpoints either
+            raise
+        except Exception:  # what is only to be looked at must not cost what was trained
+            self.log.info(
+                f"The pictures and the report of this evaluation could not be made:\n{traceback.format_exc()}"
+            )
         return inference.describe(found, scores.metrics, seconds), numbers
 
     def show(self, found: Inference, scores: scoring.Scores, step: int, numbers: dict) -> None:
@@ -106,20 +114,30 @@ class Validation:
             self.log.image(f"charts/{name}", chart, step)
         self.log.text("classes", scoring.format_class_table(scores.metrics, at_most=len(annotations.categories)), step)
         self.log.curve("precision_recall_at_IoU_0.50", step, **reports.count_by_threshold(annotations, diagnosis))
+        epochs = step / self.state.steps_per_epoch
         # its own numbers are logged later
         records = [*read_records(self.log.path), {"kind": "val", "step": step, **numbers}]
         curve = {"learning_curve": reports.draw_learning_curve(records, self.state.steps_per_epoch)}
         html_report.write(
             self.output_dir,
-            title=f"{self.flags['model']} after {step / self.state.steps_per_epoch:.3g} epochs",
-            facts=[f"{step:,} steps, in {self.output_dir}", f"evaluated on {annotations.path}"],
+            title=f"{self.flags['model']} after {epochs:,.2f}".rstrip("0").rstrip(".") + " epochs",
+            facts=self.facts(step),
             warnings=inference.warnings(found, scores.metrics),
             metrics=scores.metrics,
             charts=charts | curve,
             worst=worst.values(),
-            data={"training": self.training_set, "validation": annotations},
+            data={"training": self.training_set.annotations, "validation": annotations},
             flags=self.flags,
         )
+
+    def facts(self, step: int) -> Iterator[str]:
+        """What a report says of the model, a line each."""
+        training_set = self.training_set
+        yield f"{step:,} steps, in {self.output_dir}"
+        yield f"trained on {len(training_set):,} images with {training_set.num_boxes:,} boxes"
+        yield f"evaluated on {self.annotations.path}"
+        if self.state.ema is not None:
+            yield "evaluated is the moving average of the weights"
 
     def settle(self, wait: bool = True) -> None:
         """Logs the scores of the last evaluation, and saves its model if it is the best.

@@ -21,14 +21,14 @@ files.py           files of tensors: written whole or not at all, sealed, read a
 from .backbones import SSDFeatureExtractorLight, SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
 from .boxes import BoxCoder, pairwise_iou
 from .default_boxes import CAFFE_DEFAULT_BOXES, DefaultBoxGenerator, guess_default_boxes
-from .export import EXPORT_OUTPUTS, METADATA_FILE, check_export_target, export_model
+from .export import EXPORT_OUTPUTS, METADATA_FILE, check_export_target, export_model, quietly
 from .family import get_model, list_models
-from .files import VERSION, first_line, load_file, save_file
+from .files import VERSION, first_line, load_file, save_file, write_file
 from .head import SSDHead
 from .initialisation import WEIGHT_INITS
 from .matcher import SSDMatcher
 from .model import INPUT_SCALINGS, SSD
-from .postprocess import NotFiniteError, check_finite, postprocess, resize_boxes
+from .postprocess import NotFiniteError, check_finite, find_detections, resize_boxes
 from .ssdlite import SSDLiteFeatureExtractorMobileNet
 from .weights import find_published, is_enum_name, not_finite, told
 
@@ -52,6 +52,7 @@ __all__ = [
     "check_export_target",
     "check_finite",
     "export_model",
+    "find_detections",
     "find_published",
     "first_line",
     "get_model",
@@ -61,8 +62,9 @@ __all__ = [
     "load_file",
     "not_finite",
     "pairwise_iou",
-    "postprocess",
+    "quietly",
     "resize_boxes",
     "save_file",
     "told",
+    "write_file",
 ]

@@ -4,11 +4,13 @@ Dimension key: B images, A default boxes, C classes including the background, K 
 N detections per image, padded. Boxes are xyxy in pixels of the network input.
 """
 
+import contextlib
 import importlib.util
 import io
 import json
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -46,7 +48,7 @@ class RawPart(nn.Module):
 class DetectionsPart(nn.Module):
     """The model and its post-processing, with outputs of the same shapes whatever is found.
 
-    What ``postprocess`` does with loops as long as there are candidates is here of a fixed size, but for the
+    What ``find_detections`` does with loops as long as there are candidates is here of a fixed size, but for the
     suppression: no tensor's shape decides what is computed.
     """
 
@@ -63,7 +65,8 @@ class DetectionsPart(nn.Module):
 
         Returns:
             ``boxes`` [B, N, 4], ``scores`` [B, N] and ``labels`` int64 [B, N], best first and then zeros, and
-            ``counts`` int64 [B], how many were found.
+            ``counts`` int64 [B], how many were found. Where a prediction is not finite, all scores of its image are
+            nan.
         """
         model = self.model
         outputs = model(images)
@@ -78,6 +81,8 @@ class DetectionsPart(nn.Module):
         kept = kept[:, 0] * num_candidates + kept[:, 1]
         scores = scores.flatten()
         scores = torch.zeros_like(scores).scatter(0, kept, scores[kept]).view(num_images, -1)  # [B, K * T]
+        # of a prediction that is nan or infinite, which no threshold lets through, all scores of its image tell
+        scores = scores + sum((0 * output).flatten(1).sum(dim=1, keepdim=True) for output in outputs.values())
         scores = F.pad(scores, (0, max(model.detections_per_img - num_classes * num_candidates, 0)))
         scores, order = self.topk(scores, model.detections_per_img)  # [B, N]
         is_found = scores > 0
@@ -178,10 +183,21 @@ def export_model(model: SSD, path: str | Path, part: str, classes: list[dict]) -
     check_export_target(path)
     metadata = describe(model, part, classes)
     to_bytes = to_onnx if Path(path).suffix == ".onnx" else to_pt2
+    with quietly():
+        content = to_bytes(model, part, metadata)
+    write_file([content], path)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Where PyTorch's exporters, and what reads their files, talk of themselves; what is amiss they raise too."""
+    logging.disable()
     with warnings.catch_warnings():
-        # of how PyTorch's exporters and torchvision's operators use what PyTorch deprecates
         warnings.simplefilter("ignore")
-        write_file([to_bytes(model, part, metadata)], path)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def describe(model: SSD, part: str, classes: list[dict]) -> dict[str, str]:
@@ -203,7 +219,10 @@ def trace(model: SSD, part: str, topk: Topk, suppress: Suppress) -> torch.export
     module = RawPart(model) if part == "raw" else DetectionsPart(model, topk, suppress)
     images = torch.zeros(2, 3, model.size, model.size)  # of one image PyTorch would take the number for a constant
     with torch.no_grad():
-        return torch.export.export(module.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(module.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with the names of folders here
+    return program
 
 
 def to_pt2(model: SSD, part: str, metadata: dict[str, str]) -> bytes:

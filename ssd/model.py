@@ -14,7 +14,7 @@ from .boxes import BoxCoder, pairwise_iou
 from .default_boxes import DefaultBoxGenerator, guess_default_boxes
 from .head import SSDHead
 from .matcher import SSDMatcher
-from .postprocess import postprocess, resize_boxes
+from .postprocess import find_detections, resize_boxes
 
 # mean and standard deviation per RGB channel, for values of 0 to 1
 INPUT_SCALINGS = {
@@ -171,7 +171,7 @@ class SSD(nn.Module):
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """What decides which predictions become detections: the keyword arguments of ``postprocess``."""
+        """What decides which predictions become detections: the keyword arguments of ``find_detections``."""
         names = ("score_thresh", "nms_thresh", "detections_per_img", "topk_candidates")
         return {name: getattr(self, name) for name in names}
 
@@ -189,7 +189,7 @@ class SSD(nn.Module):
         Raises:
             NotFiniteError: a prediction is nan or infinite.
         """
-        found = postprocess(outputs, self.default_boxes, self.size, **self.thresholds)
+        found = find_detections(outputs, self.default_boxes, self.size, **self.thresholds)
         return resize_boxes(found, self.size, sizes)
 
 

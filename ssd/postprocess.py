@@ -41,7 +41,7 @@ class Detections:
 
 
 @torch.no_grad()
-def postprocess(
+def find_detections(
     outputs: dict[str, Tensor],
     default_boxes: Tensor,
     size: int,

@@ -6,15 +6,17 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.models import vgg
 
 import coco
+import evaluate
 import ssd
 import train
-from benchmarks import coco_like, device_profile, on_gpu, side_by_side, torchvision_training, train_step
+from benchmarks import coco_like, device_profile, export, on_gpu, side_by_side, torchvision_training, train_step
 from benchmarks.device_profile import Interval
 from benchmarks.turns import Variants
 
@@ -310,3 +312,33 @@ def test_sides_are_compared_by_the_means_of_their_seeds():
     )
     alone = side_by_side.summary([{"AP": 0.2, "AP50": 0.3, "seconds": 1, "images/s": 9}])
     assert "standard error of the difference" not in side_by_side.compare(alone, theirs)
+
+
+def test_detections_of_an_exported_file_are_compared_with_the_nearest_of_their_class():
+    expected = np.array([[1, 10, 10, 20, 20, 0.9, 3], [1, 10, 10, 20, 20, 0.8, 4], [2, 0, 0, 5, 5, 0.5, 3]])
+    same = {"box difference": 0, "score difference": 0, "without like": 0}
+    assert export.compare(expected, expected) == export.compare(expected[::-1], expected) == same
+    found = expected + np.array([[0, 0, 0.25, 0, 0, 0, 0], [0, 0, 0, 0, 0, -0.125, 0], [0] * 7])
+    assert export.compare(found, expected) == {"box difference": 0.25, "score difference": 0.125, "without like": 0}
+    assert export.compare(found[:2], expected)["without like"] == 1
+    assert export.compare(np.concatenate((expected, [[3, 0, 0, 5, 5, 0.5, 3]])), expected)["without like"] == 1
+    assert export.compare(expected[:0], expected)["without like"] == 3
+    far = expected + np.array([0, 5, 0, 0, 0, 0, 0])
+    assert export.compare(far, expected)["without like"] == 6
+
+
+def test_exported_files_detect_what_pytorch_does_in_the_benchmark(data_path, tmp_path):
+    model = ssd.get_model("ssd300_light", weights_backbone=None, num_classes=7)
+    ssd.save_file({"model": model.state_dict()}, tmp_path / "model.pth")
+    flags = ["--checkpoint", tmp_path / "model.pth", "--model", "ssd300_light", "--data-path", data_path]
+    args = evaluate.get_args_parser().parse_args([str(flag) for flag in [*flags, "--output-dir", tmp_path]])
+    found = {}
+    for name, variant in export.export_all(args, tmp_path).items():
+        export.start(variant)
+        seconds, found[name] = export.measure()
+        assert seconds > 0
+    assert len(found) == 5
+    for detections in found.values():
+        assert len(detections) == 7 * 200
+    for name in ("detections.pt2", "raw.pt2"):
+        assert export.compare(found[name], found[export.PYTORCH])["without like"] < 10

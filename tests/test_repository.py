@@ -23,7 +23,7 @@ ALLOWED_IMPORTS = {
     **{place: set() for place in ("ssd", "transforms", "utils")},
     "coco": {"utils"},
     "coco_utils": {"coco"},
-    "view": {"coco_utils", "coco"},
+    "view": {"coco_utils", "coco", "ssd"},
     "engine": {"view", "coco_utils", "coco", "ssd", "utils"},
     "presets": {"transforms"},
     "evaluate": {"presets", "engine", "view", "coco_utils", "coco", "ssd", "utils"},

@@ -243,8 +243,9 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_and_set_aside(train_
 def test_what_is_later_than_the_checkpoint_to_continue_from_is_set_aside(train_to, tmp_path):
     """Else ``--resume auto`` might take it for the newest of the new branch."""
     train_to(4, tmp_path, "--workers", 0, "--checkpoint-freq", 1, "--keep", 9)
+    (tmp_path / "report.html").touch()
     train_to(3, tmp_path, "--workers", 0, "--resume", tmp_path / "checkpoint_2.pth", "--lr", 0.004)
     assert {path.name for path in tmp_path.glob("checkpoint*")} == {"checkpoint.pth", "checkpoint_2.pth"}
     aside = {path.name for path in (tmp_path / "previous-1").iterdir()}
-    assert aside == {"checkpoint.pth", "checkpoint_3.pth"}
+    assert aside == {"checkpoint.pth", "checkpoint_3.pth", "report.html"}
     assert load(tmp_path / "checkpoint.pth")["lr_scheduler"]["last_epoch"] == 3

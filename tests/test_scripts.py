@@ -578,7 +578,8 @@ def test_test_only_evaluates(run, trained, data_path, tmp_path):
     command = ["train.py", "--test-only", "--resume", trained[0] / "best.pth", "--data-path", data_path]
     console = run(*command, "--device", "cpu", "--workers", 0, "--output-dir", tmp_path).stdout
     assert "Average Precision" in console
-    assert (tmp_path / "metrics.json").exists()
+    assert (tmp_path / "evaluation/metrics.json").exists()  # what the training has written stays
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation"]
 
 
 def test_custom_layout(data_path, tmp_path):

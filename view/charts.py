@@ -4,6 +4,7 @@ Drawn with matplotlib's objects alone, never with pyplot, whose current figure w
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -245,5 +246,6 @@ def clear_frame(axes) -> None:
 def to_picture(figure) -> Tensor:
     """What was drawn and a small margin, uint8 [3, H, W], whether it lies inside of the figure or not."""
     file = io.BytesIO()
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a name; the console and the report have it
     figure.savefig(file, format="png", dpi=PIXELS_PER_INCH, bbox_inches="tight", pad_inches=0.15)
     return torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +10,14 @@ import jinja2
 from PIL import Image
 from torch import Tensor
 
+import ssd
 from coco import CocoAnnotations, scoring
 
 from . import reports
 
 FILE_NAME = "report.html"
-TEMPLATES = Path(__file__).parent / "templates"
+# read once: a long run must not meet another version of them
+TEMPLATES = {path.name: path.read_text() for path in (Path(__file__).parent / "templates").iterdir()}
 CHART_COLORS = 128
 PHOTOGRAPH_SIDE = 658  # pixels: an image of 640 with its caption
 PHOTOGRAPH_QUALITY = 75
@@ -72,7 +73,7 @@ def write(
             facts=facts,
             warnings=list(warnings),
             metrics=metrics,
-            headline={name: metrics[name] for name in HEADLINE},
+            headline={name: metrics[name] for name in HEADLINE} | count_objects(metrics),
             meanings={name: scoring.meaning(name) for name in scoring.METRICS},
             classes=class_rows(metrics),
             charts=charts,
@@ -83,12 +84,18 @@ def write(
             flags=flags,
         )
     )
-    replace_file(output_dir / FILE_NAME, page.encode(errors="replace"))  # names of files may be in any encoding
+    ssd.write_file([page.encode(errors="replace")], output_dir / FILE_NAME)  # names of files may be in any encoding
+
+
+def count_objects(metrics: dict) -> dict[str, int]:
+    """Images and boxes, these without crowds, as in the table of classes."""
+    boxes = sum(one["boxes"] for one in metrics["per_class"].values())
+    return {"images": metrics["counts"]["images"], "boxes": boxes}
 
 
 def environment() -> jinja2.Environment:
     made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.DictLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -130,14 +137,3 @@ def embed(image: Image.Image, **settings) -> Embedded:
     image.save(file, **settings)
     content = base64.b64encode(file.getvalue()).decode()
     return Embedded(f"data:image/{settings['format'].lower()};base64,{content}", *image.size)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes ``path`` so that it is the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

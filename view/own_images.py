@@ -1,5 +1,6 @@
 """``evaluate.py --images``: detections on images without annotations, as pictures and as json."""
 
+import io
 import re
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy import ndarray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.models.detection import SSD300_VGG16_Weights
@@ -91,10 +93,18 @@ def at_least(detections: ndarray, min_score: float) -> ndarray:
     return detections[np.argsort(-detections[:, 5], kind="stable")]
 
 
-def describe(file_name: str, fault: str, detections: ndarray, names: dict[int, str]) -> dict:
-    """What is known of an image: detections [N, 7] of labels, or why there are none; plain data."""
+def describe(path: Path, file: str, fault: str, detections: ndarray, names: dict[int, str]) -> dict:
+    """What is known of an image: detections [N, 7] of labels, or why there are none; plain data.
+
+    Args:
+        path: the image.
+        file: what tells it from another of its name.
+        fault: an empty text if there is none.
+        detections: surest first.
+        names: of the labels.
+    """
     found = [{"category": names[label], "bbox": box, "score": score} for _, *box, score, label in detections.tolist()]
-    return {"file_name": file_name, "fault": fault, "detections": found}
+    return {"file_name": path.name, "file": file, "fault": fault, "detections": found}
 
 
 def as_line(described: dict) -> str:
@@ -106,9 +116,12 @@ def as_line(described: dict) -> str:
     return f"{described['file_name']}: {shown}{', ...' if len(texts) > MAX_NAMED else ''}"
 
 
-def write_picture(path: Path, detections: ndarray, names: dict[int, str], min_score: float, destination: Path) -> None:
-    """Draws an image with what was found in it."""
-    pictures.save_png(draw(load_upright(path)[..., :3], detections, names, min_score), destination)
+def to_png(image: ndarray, detections: ndarray, names: dict[int, str], min_score: float) -> bytes:
+    """The file of ``draw``; compressed little, since that takes longer than to detect."""
+    picture = draw(image, detections, names, min_score)
+    file = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, format="PNG", compress_level=1)
+    return file.getvalue()
 
 
 def draw(image: ndarray, detections: ndarray, names: dict[int, str], min_score: float) -> Tensor:

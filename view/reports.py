@@ -30,7 +30,8 @@ class Example:
     name: str  # of its file
     missed: Counter[str]
     false: Counter[str]
-    pictures: tuple[Tensor, Tensor] | None  # ground truth and detections, uint8 [3, H, W]; None if it cannot be read
+    pictures: tuple[Tensor, Tensor] | None  # ground truth and detections, uint8 [3, H, W]
+    fault: str = ""  # why there are none
 
 
 def choose_images(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, number: int, by: str) -> list[int]:
@@ -100,20 +101,24 @@ def draw_example(
 ) -> Example:
     missed, false = find_mistakes(annotations, diagnosis, row)
     caption = f"detections, score >= {MIN_SHOWN_SCORE}: {missed.total()} missed, {false.total()} false"
-    drawn = draw_pair(annotations, images_dir, diagnosis, row, caption)
-    return Example(annotations.file_name(row), missed, false, drawn)
+    drawn, fault = None, "its folder is not known"
+    if images_dir is not None:
+        try:
+            drawn, fault = draw_pair(annotations, images_dir, diagnosis, row, caption), ""
+        except DataError as error:
+            fault = str(error)
+    return Example(annotations.file_name(row), missed, false, drawn, fault)
 
 
 def draw_pair(
-    annotations: CocoAnnotations, images_dir: Path | None, diagnosis: scoring.Diagnosis, row: int, caption: str
-) -> tuple[Tensor, Tensor] | None:
-    """Ground truth and detections; None where there are no images, or this one cannot be read, which was reported."""
-    if images_dir is None:
-        return None
-    try:
-        image = load_image(annotations, images_dir, row)[..., :3]
-    except DataError:
-        return None
+    annotations: CocoAnnotations, images_dir: Path, diagnosis: scoring.Diagnosis, row: int, caption: str
+) -> tuple[Tensor, Tensor]:
+    """Ground truth and detections.
+
+    Raises:
+        DataError: the image cannot be read.
+    """
+    image = load_image(annotations, images_dir, row)[..., :3]
     image, scale = pictures.fit_for_viewing(image)
     objects = draw_objects(annotations, diagnosis, row, image, scale)
     return objects, draw_detections(annotations, diagnosis, row, image, scale, caption)

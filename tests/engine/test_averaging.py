@@ -33,8 +33,16 @@ def test_it_equals_pytorchs_bit_for_bit():
         change(model, step)
         averaging.update_average(ours, model)
         theirs.update_parameters(model)
-        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+        averages = [without_counters(average.state_dict()) for average in (ours, theirs)]
+        torch.testing.assert_close(*averages, rtol=0, atol=0)
+        counters = {name: value for name, value in ours.module.state_dict().items() if "num_batches" in name}
+        assert counters == dict.fromkeys(counters, step + 1)  # PyTorch's are averages, cut to integers
+    assert len(counters) == 2
     assert ours.n_averaged == 4
+
+
+def without_counters(state_dict: dict) -> dict:
+    return {name: value for name, value in state_dict.items() if "num_batches_tracked" not in name}
 
 
 def test_statistics_of_batch_norm_are_averaged_too():

@@ -98,20 +98,40 @@ def test_a_file_that_takes_bytes_gets_rounded_pixels(tmp_path):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("part", ssd.EXPORT_OUTPUTS)
-def test_what_is_not_finite_is_said(tmp_path, part, suffix):
+@pytest.mark.parametrize("head", ["classification_head", "regression_head"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_said(tmp_path, part, suffix, head, value):
+    """Of one default box, in one of the images."""
     path = tmp_path / f"model{suffix}"
-    export(path, part)
+    model = make_model()
+    layer = getattr(model.head, head).module_list[1]
+    layer.weight.data[0] = 0
+    layer.weight.data[0, 0, 1, 1] = 1
+    layer.register_forward_hook(lambda _, inputs, output: output + torch.where(inputs[0][:, :1] > 1e6, value, 0.0))
+    model.backbone.register_forward_hook(
+        lambda _, images, maps: [maps[0], maps[1] + 1e9 * (images[0][:, :1, :4, :4] > 9)]
+    )
+    ssd.export_model(model, path, part, CLASSES)
+    images = torch.rand(3, 3, 64, 64) * 255
+    images[1, 0, 0, 0] = 5000
     detector = exported.open_exported(str(path))
-    run = detector.run
-    detector.run = lambda images: {
-        name: torch.where(torch.arange(len(output)).view(-1, *[1] * (output.dim() - 1)) == 1, torch.nan, output)
-        if output.is_floating_point() and name != "default_boxes"
-        else output
-        for name, output in run(images).items()
-    }
     with pytest.raises(ssd.NotFiniteError) as error:
-        detect(detector, torch.rand(3, 3, 64, 64) * 255)
+        detect(detector, images)
     assert error.value.rows == [1]
+    detect(detector, images[[0, 2]])
+
+
+def test_a_conversion_that_overflows_is_said(tmp_path):
+    path = tmp_path / "model.onnx"
+    model = make_model()
+    model.head.classification_head.module_list[0].bias.data[2] = 60000
+    model.head.classification_head.module_list[0].weight.data[2].abs_().mul_(1000)
+    ssd.export_model(model, path, "detections", CLASSES)
+    images = torch.rand(2, 3, 64, 64) * 255
+    detect(exported.open_exported(str(path)), images)
+    onnx.save(convert_float_to_float16(onnx.load(path)), path)
+    with pytest.raises(ssd.NotFiniteError):
+        detect(exported.open_exported(str(path)), images)
 
 
 def drop(key: str):
@@ -148,8 +168,34 @@ def test_other_outputs_are_refused(tmp_path):
     path = tmp_path / "model.onnx"
     export(path, "raw")
     save_changed(path, put("part", "detections"))
-    with pytest.raises(ValueError, match="has no output boxes, counts, labels, scores"):
-        exported.open_exported(str(path))(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=rf"{path}: has no output boxes, counts, labels, scores"):
+        exported.open_exported(str(path))
+
+
+def test_another_size_is_refused(tmp_path):
+    path = tmp_path / "model.onnx"
+    export(path, "raw")
+    save_changed(path, put("size", "300"))
+    with pytest.raises(ValueError, match=rf"{path}: takes images of the shape \('batch', 3, 64, 64\), not .* 300"):
+        exported.open_exported(str(path))
+
+
+def give_counts_as_floats(content: onnx.ModelProto) -> None:
+    (node,) = (one for one in content.graph.node if "counts" in one.output)
+    node.output[0] = "whole"
+    content.graph.node.append(onnx.helper.make_node("Cast", ["whole"], ["counts"], to=onnx.TensorProto.FLOAT))
+    content.graph.node.append(onnx.helper.make_node("ReduceSum", ["counts"], ["total"], keepdims=0))
+    content.graph.output[-1].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    content.graph.output.append(onnx.helper.make_tensor_value_info("total", onnx.TensorProto.FLOAT, []))
+
+
+def test_other_types_and_more_outputs_do_not_matter(tmp_path):
+    path = tmp_path / "model.onnx"
+    model = export(path)
+    save_changed(path, give_counts_as_floats)
+    images = torch.rand(2, 3, 64, 64) * 255
+    for one, other in zip(detect(exported.open_exported(str(path)), images), detect(model, images), strict=True):
+        np.testing.assert_array_equal(one["labels"], other["labels"])
 
 
 def test_other_inputs_are_refused(tmp_path):
@@ -182,13 +228,15 @@ def test_what_is_no_exported_file_is_refused(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_truncated_file_is_refused(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path, capfd):
+    """With nothing of what PyTorch says of it."""
     for suffix in FORMATS:
         path = tmp_path / f"model{suffix}"
         export(path)
         path.write_bytes(path.read_bytes()[:-1000])
         with pytest.raises(ValueError, match="cannot open it"):
             exported.open_exported(str(path))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_pt2_file_of_others_is_refused(tmp_path):

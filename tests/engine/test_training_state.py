@@ -151,6 +151,17 @@ def test_steps_that_fp16_skips_are_counted():
     assert other.overflows == 3
 
 
+def test_steps_that_fp16_skips_do_not_count_for_the_average():
+    """Of these, it begins with the second."""
+    state = make_fp16_state()
+    state.ema = make_average(state.model, 0.75)
+    for overflows in (True, False, True, False):
+        state.backward(state.model(overflows))
+        state.optimizer_step()
+    assert state.ema.n_averaged == 2
+    assert state.ema.module.weight.tolist() == [0.75 * 0 + 0.25 * -1] * 3  # the weights were 1, then 0, then -1
+
+
 def test_fp16_gives_up_when_no_step_succeeds():
     state = make_fp16_state()
     for _ in range(49):

@@ -191,7 +191,7 @@ def loss_of(checkpoint, data_path, output_dir, *flags) -> float:
 
 def test_the_average_is_evaluated_where_there_is_one(data_path, tmp_path, capsys):
     """In training, by evaluate.py and with --test-only; --no-ema evaluates the weights themselves."""
-    train_epochs(data_path, tmp_path, "--epochs", 1, "--ema", 0.9, "--lr", 0.02, "--val-loss")
+    train_epochs(data_path, tmp_path, "--epochs", 1, "--ema", 0.9, "--lr", 0.1, "--val-loss")
     (line,) = validation_lines(tmp_path)
     best = tmp_path / "best.pth"
     assert capsys.readouterr().out.count("Evaluated is the average of the weights over about 10 steps (--ema 0.9)") == 1
@@ -202,7 +202,7 @@ def test_the_average_is_evaluated_where_there_is_one(data_path, tmp_path, capsys
     arguments = ["--test-only", "--resume", best, "--data-path", data_path, "--device", "cpu", "--workers", 0]
     arguments += ["--batch-size", 3, "--val-loss", "--output-dir", tmp_path / "test_only"]
     evaluate.evaluate_as_trained(train.parse_args([str(argument) for argument in arguments]))
-    metrics = json.loads((tmp_path / "test_only/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "test_only/evaluation/metrics.json").read_text())
     assert metrics["loss"]["loss"] == pytest.approx(line["loss"], rel=1e-6)
     assert "the moving average of its weights is taken" in capsys.readouterr().out
 

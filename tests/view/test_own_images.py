@@ -1,9 +1,11 @@
 """``evaluate.py --images``: images without annotations."""
 
+import io
 import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import coco
 import evaluate
 import ssd
 from coco import DataError, scoring
+from engine import resuming
 from tests.conftest import infer
 from view import own_images
 
@@ -121,15 +124,20 @@ def test_only_sure_detections_are_drawn_and_the_surest_on_top(data_path, tmp_pat
     monkeypatch.setattr(own_images.pictures, "draw_boxes", spy)
     detections = np.array([[0, 9, 9, 20, 20, score, 1] for score in (0.5, 0.9, 0.29, 0.3)])
     detections = own_images.at_least(detections, 0.3)
-    own_images.write_picture(data_path / "val2017/000001.jpg", detections, {1: "cat"}, 0.3, tmp_path / "drawn.png")
+    path = data_path / "val2017/000001.jpg"
+    image = own_images.load_upright(path)[..., :3]
+    drawn = Image.open(io.BytesIO(own_images.to_png(image, detections, {1: "cat"}, 0.3)))
+    np.testing.assert_array_equal(drawn, own_images.draw(image, detections, {1: "cat"}, 0.3).permute(1, 2, 0))
+    written = written[:4]
     assert written == ["cat 0.30", "cat 0.50", "cat 0.90", "3 detections, score >= 0.3"]
-    described = own_images.describe("000001.jpg", "", detections, {1: "cat"})
+    described = own_images.describe(path, "", "", detections, {1: "cat"})
     assert own_images.as_line(described) == "000001.jpg: cat 0.90, cat 0.50, cat 0.30"
     assert described["detections"][0] == {"category": "cat", "bbox": [9, 9, 20, 20], "score": 0.9}
 
 
 def test_a_line_names_the_surest_only():
-    many = own_images.describe("a.jpg", "", np.array([[0, 9, 9, 20, 20, 0.5, 1]] * 12), {1: "cat"})
+    path = Path("folder/a.jpg")
+    many = own_images.describe(path, "", "", np.array([[0, 9, 9, 20, 20, 0.5, 1]] * 12), {1: "cat"})
     assert own_images.as_line(many) == "a.jpg: " + ", ".join(["cat 0.50"] * 10) + ", ..."
     assert own_images.as_line(own_images.describe("a.jpg", "", np.zeros((0, 7)), {})) == "a.jpg: nothing"
     assert (
@@ -174,7 +182,7 @@ def test_what_is_done_is_skipped_and_what_it_found_is_kept(checkpoint, folder, t
     capsys.readouterr()
     assert detect(checkpoint, folder, tmp_path / "out", *flags) == expected
     console = capsys.readouterr().out
-    assert f"Detecting on 3 of 5 images in {folder}\n" in console
+    assert f"Detecting on 3 of 5 images of {folder}\n" in console
     assert re.findall(r"^(frame_\d+)", console, re.MULTILINE) == ["frame_8", "frame_10", "frame_11"]
     after = drawn_in(tmp_path / "out")
     same = {name for name in after if before.get(name) == after[name]}
@@ -211,19 +219,117 @@ def test_json_only_draws_nothing_and_can_be_continued(checkpoint, folder, tmp_pa
     assert len(drawn_in(tmp_path / "out")) == 5
 
 
-@pytest.mark.parametrize("change", ["--images", "--checkpoint", "--min-score"])
+@pytest.mark.parametrize("change", ["--images", "--checkpoint", "--min-score", "--input-scaling", "--amp", "--no-ema"])
 def test_what_was_found_otherwise_is_not_continued(checkpoint, folder, tmp_path, change):
-    output_dir = tmp_path / "out"
-    detect(checkpoint, folder, output_dir, "--skip-done")
+    """With a checkpoint of the same name, too, that another training has written since."""
+    output_dir, own = tmp_path / "out", tmp_path / "best.pth"
+    shutil.copy(checkpoint, own)
+    detect(own, folder, output_dir, "--skip-done")
     before = (output_dir / "detections.jsonl").read_bytes()
-    other = {"--images": tmp_path / "others", "--checkpoint": tmp_path / "other.pth"}
-    shutil.copytree(folder, other["--images"])
-    shutil.copy(checkpoint, other["--checkpoint"])
-    now = {"--checkpoint": checkpoint, "--images": folder} | {key: other[key] for key in [change] if key in other}
-    flags = ["--skip-done", *(["--min-score", "0.5"] if change == "--min-score" else [])]
+    flags = {"--min-score": ["0.5"], "--input-scaling": ["caffe"], "--amp": [], "--no-ema": []}
+    flags = ["--skip-done", *([change, *flags[change]] if change in flags else [])]
+    if change == "--images":
+        folder = shutil.copytree(folder, tmp_path / "others")
+    elif change == "--checkpoint":
+        shutil.copy(checkpoint, own)
     with pytest.raises(ValueError, match=rf"--skip-done: what is in {output_dir} was found with {change} .*, this run"):
-        detect(now["--checkpoint"], now["--images"], output_dir, *flags)
+        detect(own, folder, output_dir, *flags)
     assert (output_dir / "detections.jsonl").read_bytes() == before
+
+
+def test_a_folder_may_be_named_in_any_way(checkpoint, folder, tmp_path, monkeypatch, capsys):
+    """And hold links to images, of which none tells where the folder is."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "frame_7.jpg").rename(elsewhere / "frame.jpg")
+    (folder / "frame_7.jpg").symlink_to(elsewhere / "frame.jpg")
+    (tmp_path / "link").symlink_to(folder)
+    detect(checkpoint, folder, tmp_path / "out", "--skip-done")
+    monkeypatch.chdir(folder)
+    for name in (".", "../frames", tmp_path / "link"):
+        capsys.readouterr()
+        detect(checkpoint, name, tmp_path / "out", "--skip-done")
+        assert "Detecting on 0 of 5 images" in capsys.readouterr().out
+
+
+def test_an_image_that_has_changed_is_done_again(checkpoint, folder, tmp_path, capsys):
+    detect(checkpoint, folder, tmp_path / "out", "--skip-done")
+    shutil.copy(folder / "frame_8.jpg", folder / "frame_9.jpg")
+    capsys.readouterr()
+    detect(checkpoint, folder, tmp_path / "out", "--skip-done")
+    assert re.findall(r"^frame_\d+", capsys.readouterr().out, re.MULTILINE) == ["frame_9"]
+
+
+DAMAGES = {
+    "empty": b"",
+    "other objects": b'[1, 2]\n3\n"a"\nnull\n',
+    "other keys": b'{"origin": 3}\n{"file_name": "frame_7.jpg"}\n{"a": 1}\n',
+    "bytes": b"\xff\xfe\x00\n" * 3,
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("go_on", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_journal_says_nothing(checkpoint, folder, tmp_path, capsys, damage, go_on):
+    output_dir = tmp_path / "out"
+    output_dir.mkdir()
+    (output_dir / "detections.jsonl").write_bytes(DAMAGES[damage])
+    detect(checkpoint, folder, output_dir, *(["--skip-done"] if go_on else []))
+    assert "Detecting on 5 of 5 images" in capsys.readouterr().out
+
+
+def test_a_journal_without_its_first_line_is_gone_on_with(checkpoint, folder, tmp_path, capsys):
+    """Its lines are whole, but one is lost with the first."""
+    detect(checkpoint, folder, tmp_path / "out")
+    journal = tmp_path / "out/detections.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[1:]))
+    capsys.readouterr()
+    detect(checkpoint, folder, tmp_path / "out", "--skip-done")
+    assert "Detecting on 1 of 5 images" in capsys.readouterr().out
+
+
+def test_an_image_that_vanishes_meanwhile_is_skipped_or_named(checkpoint, folder, tmp_path, monkeypatch, capsys):
+    at_least = own_images.at_least
+
+    def vanish(detections, min_score):
+        (folder / "frame_8.jpg").unlink(missing_ok=True)
+        return at_least(detections, min_score)
+
+    monkeypatch.setattr(own_images, "at_least", vanish)
+    shutil.copytree(folder, tmp_path / "copy")
+    found = detect(checkpoint, folder, tmp_path / "out", "--on-bad-image", "skip", "--min-score", 0)
+    assert {one["file_name"] for one in found} == {f"frame_{i}.jpg" for i in (7, 9, 10, 11)}
+    assert f"Skipped {folder / 'frame_8.jpg'}: no such file" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "copy", folder, dirs_exist_ok=True)
+    with pytest.raises(DataError, match=r"frame_8\.jpg: no such file"):
+        detect(checkpoint, folder, tmp_path / "out")
+
+
+def test_nothing_of_an_earlier_run_stays_for_that_of_this_one(checkpoint, folder, tmp_path):
+    output_dir = tmp_path / "out"
+    detect(checkpoint, folder, output_dir)
+    (folder / "frame_7.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError):
+        detect(checkpoint, folder, output_dir)
+    assert not (output_dir / "detections.json").exists()
+    assert drawn_in(output_dir) == {}
+
+
+def test_names_that_are_too_long_to_draw_are_refused_before(checkpoint, folder, tmp_path):
+    longest = "é" * 121 + ".jpg"
+    (folder / "frame_7.jpg").rename(folder / longest)
+    detect(checkpoint, folder, tmp_path / "out")
+    (folder / "frame_8.jpg").rename(folder / ("é" * 122 + ".jpg"))
+    with pytest.raises(ValueError, match=r"é\.jpg: its name is too long for that of its picture; use --json-only"):
+        detect(checkpoint, folder, tmp_path / "out")
+    detect(checkpoint, folder, tmp_path / "out", "--json-only")
+
+
+def test_two_runs_do_not_write_to_one_folder(run, checkpoint, folder, tmp_path):
+    resuming.claim(tmp_path / "out")
+    flags = ["--images", folder, "--output-dir", tmp_path / "out", "--device", "cpu", "--workers", 0]
+    assert "another run" in run("evaluate.py", "--checkpoint", checkpoint, *flags, fails=True).stderr
 
 
 def test_a_skipped_image_is_tried_again(checkpoint, folder, tmp_path):
