@@ -139,10 +139,8 @@ def test_a_line_names_the_surest_only():
     path = Path("folder/a.jpg")
     many = own_images.describe(path, "", "", np.array([[0, 9, 9, 20, 20, 0.5, 1]] * 12), {1: "cat"})
     assert own_images.as_line(many) == "a.jpg: " + ", ".join(["cat 0.50"] * 10) + ", ..."
-    assert own_images.as_line(own_images.describe("a.jpg", "", np.zeros((0, 7)), {})) == "a.jpg: nothing"
-    assert (
-        own_images.as_line(own_images.describe("a.jpg", "a.jpg: torn", np.zeros((0, 7)), {})) == "Skipped a.jpg: torn"
-    )
+    for fault, line in (("", "a.jpg: nothing"), ("a.jpg: torn", "Skipped a.jpg: torn")):
+        assert own_images.as_line(own_images.describe(path, "", fault, np.zeros((0, 7)), {})) == line
 
 
 def test_images_are_in_the_order_of_the_numbers_in_their_names(tmp_path):
