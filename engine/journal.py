@@ -43,8 +43,7 @@ class Journal:
             if len(os.fsencode(path.name)) > LONGEST_NAME:
                 raise ValueError(f"{path}: its name is too long for that of its picture; use --json-only")
         records = read_records(self.path)
-        if go_on:
-            self.check_origin(next(records, {}))
+        go_on = go_on and self.has_same_origin(next(records, {}))
         files = {path.name: describe_file(path) for path in paths}
         done = set()
 
@@ -63,14 +62,22 @@ class Journal:
             self.picture_of(path.name).unlink(missing_ok=True)
         return left
 
-    def check_origin(self, first_record: dict) -> None:
+    def has_same_origin(self, first_record: dict) -> bool:
+        """Whether what was done before is of ``origin``; not where that is not known, as of a file that is damaged.
+
+        Raises:
+            ValueError: it is of another.
+        """
         before = first_record.get("origin")
-        for flag, value in self.origin.items() if isinstance(before, dict) else ():
+        if not isinstance(before, dict):
+            return False
+        for flag, value in self.origin.items():
             if before.get(flag) != value:
                 raise ValueError(
                     f"--skip-done: what is in {self.path.parent} was found with {flag} {before.get(flag)}, "
                     f"this run has {value}; name another --output-dir, or begin anew without --skip-done"
                 )
+        return True
 
     def is_done(self, record: dict, files: dict[str, str]) -> bool:
         """Whether a line is whole, and of a file that is as it was."""

@@ -277,14 +277,14 @@ def test_a_damaged_journal_says_nothing(checkpoint, folder, tmp_path, capsys, da
     assert "Detecting on 5 of 5 images" in capsys.readouterr().out
 
 
-def test_a_journal_without_its_first_line_is_gone_on_with(checkpoint, folder, tmp_path, capsys):
-    """Its lines are whole, but one is lost with the first."""
+def test_a_journal_without_its_first_line_says_nothing(checkpoint, folder, tmp_path, capsys):
+    """For nobody knows what its detections are of."""
     detect(checkpoint, folder, tmp_path / "out")
     journal = tmp_path / "out/detections.jsonl"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[1:]))
     capsys.readouterr()
     detect(checkpoint, folder, tmp_path / "out", "--skip-done")
-    assert "Detecting on 1 of 5 images" in capsys.readouterr().out
+    assert "Detecting on 5 of 5 images" in capsys.readouterr().out
 
 
 def test_an_image_that_vanishes_meanwhile_is_skipped_or_named(checkpoint, folder, tmp_path, monkeypatch, capsys):
