@@ -116,7 +116,7 @@ def test_a_state_dict_is_evaluated_with_the_scaling_that_is_named(data_path, tmp
         arguments = ["--test-only", "--weights", tmp_path / "seven.pth", "--model", "ssd300_resnet18", *flags]
         arguments += ["--input-scaling", scaling, "--output-dir", tmp_path / scaling]
         evaluate.evaluate_as_trained(train.parse_args([str(part) for part in arguments]))
-        found.append((tmp_path / scaling / "detections.json").read_text())
+        found.append((tmp_path / scaling / "evaluation/detections.json").read_text())
     assert found[0] != found[1]
 
 
