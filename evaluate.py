@@ -216,7 +216,8 @@ def export(args: argparse.Namespace) -> None:
 
     def write() -> None:
         ssd.export_model(model.eval(), file, part, classes)
-        print(f"Exported to {file}: {part} of {len(classes)} classes, {file.stat().st_size / 1e6:.1f} MB")
+        count = f"{len(classes)} class{'es' * (len(classes) != 1)}"
+        print(f"Exported to {file}: {part} of {count}, {file.stat().st_size / 1e6:.1f} MB")
 
     utils.run_on_main(write)
 
