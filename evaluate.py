@@ -66,19 +66,14 @@ def make_validation_set(
     return CocoEvalDataset(annotations, images_dir, preset, skip_bad_images=args.on_bad_image == "skip")
 
 
-def inference_settings(args: argparse.Namespace, device: torch.device) -> dict:
-    """What the flags say of how ``inference.infer`` and ``infer_in_turn`` detect."""
-    return {
-        "batch_size": args.batch_size,
-        "workers": args.workers,
-        "loader_timeout": args.loader_timeout,
-        "autocast": execution.make_autocast(device, args.amp),
-    }
+def inference_settings(args: argparse.Namespace, device: torch.device) -> inference.Settings:
+    autocast = execution.make_autocast(device, args.amp)
+    return inference.Settings(args.batch_size, args.workers, args.loader_timeout, autocast)
 
 
 def make_infer(args: argparse.Namespace, device: torch.device) -> Callable[..., Inference | None]:
     """``inference.infer`` with the settings that the flags name."""
-    return partial(inference.infer, **inference_settings(args, device), with_loss=args.val_loss)
+    return partial(inference.infer, settings=inference_settings(args, device), with_loss=args.val_loss)
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
@@ -186,7 +181,7 @@ def detect_on_images(args: argparse.Namespace, device: torch.device) -> None:
     dataset = own_images.ImageFiles([*left], DetectionPresetEval(size=model.size), skip_bad_images)
     settings = inference_settings(args, device)
     progress = Progress(len(left))
-    for found in inference.infer_in_turn(model, dataset, {label: label for label in names}, **settings, finish=finish):
+    for found in inference.infer_in_turn(model, dataset, {label: label for label in names}, settings, finish):
         journal.add(found)
         progress.add([own_images.as_line(one) for one in found])
     if utils.is_main():

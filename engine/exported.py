@@ -1,6 +1,5 @@
 """Exported files as detectors, which ``evaluate.py --detector`` scores."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,8 +105,7 @@ class Opened:
 
 
 def open_onnx(path: str) -> Opened:
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise ValueError(f"{path}: to run it, Python needs another package: pip install onnxruntime")
+    ssd.check_installed(["onnxruntime"], f"{path}: to run it")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -37,6 +37,16 @@ class Inference:
     dependence: list[float] | None = None  # of the predictions on the image, see ``collapse.image_dependence``
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How each process loads images, and runs a model on them."""
+
+    batch_size: int
+    workers: int
+    loader_timeout: float  # seconds
+    autocast: AbstractContextManager  # for the forward pass
+
+
 @dataclass
 class Predicted:
     """A batch and what a model says of it."""
@@ -45,6 +55,11 @@ class Predicted:
     images: Tensor  # [B, 3, size, size], on the model's device
     outputs: dict[str, Tensor]  # of the model
     detections: list[dict[str, Tensor]]  # of each image, in its pixels
+
+    def by_image(self, category_id_of: dict[int, int]) -> Iterator[tuple[int, str, ndarray]]:
+        """Of each image its id, its fault, and its detections [N, 7]: none where it has a fault."""
+        for image_id, fault, found in zip(self.batch["image_id"], self.batch["fault"], self.detections, strict=True):
+            yield image_id, fault, scoring.detections_to_array(image_id, found, {} if fault else category_id_of)
 
 
 @torch.inference_mode()
@@ -98,9 +113,7 @@ def detect(
             losses.append(torch.stack([sums[name] for name in LOSSES], dim=1).double().cpu().numpy())
         image_ids.append(np.array(batch["image_id"], np.int64))
         faults += filter(None, batch["fault"])
-        for image_id, fault, found in zip(batch["image_id"], batch["fault"], predicted.detections, strict=True):
-            if not fault:
-                detections.append(scoring.detections_to_array(image_id, found, category_id_of))
+        detections += [found for _, _, found in predicted.by_image(category_id_of)]
         after_batch()
     losses = np.concatenate(losses) if with_loss else None
     seconds = time.perf_counter() - start
@@ -124,11 +137,7 @@ def infer(
     model: ssd.SSD | ExportedDetector,
     dataset: Dataset,
     category_id_of: dict[int, int],
-    *,
-    batch_size: int,
-    workers: int,
-    loader_timeout: float,
-    autocast: AbstractContextManager,
+    settings: Settings,
     with_loss: bool = False,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Inference | None:
@@ -138,16 +147,15 @@ def infer(
         model: predicts the labels of ``category_id_of``.
         dataset: samples as those of ``coco_utils.CocoEvalDataset``, and their ``image_ids``.
         category_id_of: the category of each label; other labels are left out.
-        batch_size, workers, loader_timeout: of the loader, per process.
-        autocast: context for the forward pass.
+        settings: of each process.
         with_loss: compute the loss too.
         after_batch: called equally often by all processes, after each of their batches.
 
     Returns:
         On the main process what all have found, by image in the order of their ids; None elsewhere.
     """
-    loader, most_batches = share_images(model, dataset, batch_size, workers, loader_timeout)
-    found = detect(model, loader, category_id_of, autocast, with_loss, after_batch)
+    loader, most_batches = share_images(model, dataset, settings)
+    found = detect(model, loader, category_id_of, settings.autocast, with_loss, after_batch)
     for _ in range(most_batches - len(loader)):
         after_batch()
     shares = utils.gather_to_main(found)
@@ -158,47 +166,40 @@ def infer_in_turn(
     model: ssd.SSD | ExportedDetector,
     dataset: Dataset,
     category_id_of: dict[int, int],
-    *,
-    batch_size: int,
-    workers: int,
-    loader_timeout: float,
-    autocast: AbstractContextManager,
+    settings: Settings,
     finish: Callable[[int, str, ndarray], object],
 ) -> Iterator[list]:
     """Detects like ``infer``, but hands over what was found as soon as all processes have done a batch.
 
     Args:
-        model, dataset, category_id_of, batch_size, workers, loader_timeout, autocast: as of ``infer``.
+        model, dataset, category_id_of, settings: as of ``infer``.
         finish: makes of an image's id, its fault and its detections [N, 7] what is handed over, where it was detected.
 
     Yields:
         On the main process that of the next images, in the order of the data set; elsewhere nothing.
     """
-    loader, most_batches = share_images(model, dataset, batch_size, workers, loader_timeout)
-    batches = predict_batches(model, loader, autocast)
+    loader, most_batches = share_images(model, dataset, settings)
+    batches = predict_batches(model, loader, settings.autocast)
     for _ in range(most_batches):
         predicted = next(batches, None)
-        finished = []
-        if predicted is not None:
-            batch = predicted.batch
-            for image_id, fault, found in zip(batch["image_id"], batch["fault"], predicted.detections, strict=True):
-                detections = scoring.detections_to_array(image_id, found, {} if fault else category_id_of)
-                finished.append(finish(image_id, fault, detections))
+        finished = [] if predicted is None else [finish(*one) for one in predicted.by_image(category_id_of)]
         shares = utils.gather_to_main(finished)
         if shares is not None:
             yield [one for turn in itertools.zip_longest(*shares) for one in turn if one is not None]
 
 
-def share_images(
-    model: ssd.SSD | ExportedDetector, dataset: Dataset, batch_size: int, workers: int, loader_timeout: float
-) -> tuple[DataLoader, int]:
+def share_images(model: ssd.SSD | ExportedDetector, dataset: Dataset, settings: Settings) -> tuple[DataLoader, int]:
     """Loads every so many-th image, for this process, and says how many batches the process with most of them has."""
     share = Subset(dataset, range(utils.rank(), len(dataset), utils.world_size()))
-    on_gpu = model.device.type == "cuda"
     loader = loading.make_loader(
-        share, workers, loader_timeout, pin_memory=on_gpu, batch_size=batch_size, collate_fn=coco_utils.collate
+        share,
+        settings.workers,
+        settings.loader_timeout,
+        pin_memory=model.device.type == "cuda",
+        batch_size=settings.batch_size,
+        collate_fn=coco_utils.collate,
     )
-    return loader, math.ceil(math.ceil(len(dataset) / utils.world_size()) / batch_size)
+    return loader, math.ceil(math.ceil(len(dataset) / utils.world_size()) / settings.batch_size)
 
 
 def merge(shares: list[Inference], expected_ids: ndarray) -> Inference:

@@ -38,7 +38,7 @@ class Validation:
     Args:
         state: what is trained.
         dataset: the validation set.
-        infer: ``inference.infer`` with the settings of its keyword arguments.
+        infer: ``inference.infer`` with its settings.
         log: of the run.
         output_dir: where the pictures and the report go.
         save_best: writes a training state to best.pth.

@@ -21,7 +21,7 @@ files.py           files of tensors: written whole or not at all, sealed, read a
 from .backbones import SSDFeatureExtractorLight, SSDFeatureExtractorResNet, SSDFeatureExtractorVGG
 from .boxes import BoxCoder, pairwise_iou
 from .default_boxes import CAFFE_DEFAULT_BOXES, DefaultBoxGenerator, guess_default_boxes
-from .export import EXPORT_OUTPUTS, METADATA_FILE, check_export_target, export_model, quietly
+from .export import EXPORT_OUTPUTS, METADATA_FILE, check_export_target, check_installed, export_model, quietly
 from .family import get_model, list_models
 from .files import VERSION, first_line, load_file, save_file, write_file
 from .head import SSDHead
@@ -51,6 +51,7 @@ __all__ = [
     "SSDMatcher",
     "check_export_target",
     "check_finite",
+    "check_installed",
     "export_model",
     "find_detections",
     "find_published",

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -162,9 +162,14 @@ def check_export_target(path: str | Path) -> None:
     suffix = Path(path).suffix
     if suffix not in PACKAGES:
         raise ValueError(f"{path}: the name of an exported file ends with {' or '.join(PACKAGES)}")
-    missing = [name for name in PACKAGES[suffix] if importlib.util.find_spec(name) is None]
+    check_installed(PACKAGES[suffix], f"{path}: to write it")
+
+
+def check_installed(packages: Iterable[str], purpose: str) -> None:
+    """Raises ValueError where Python lacks some of the packages that it needs for ``purpose``."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{path}: to write it, Python needs more packages: pip install {' '.join(missing)}")
+        raise ValueError(f"{purpose}, Python needs more packages: pip install {' '.join(missing)}")
 
 
 def export_model(model: SSD, path: str | Path, part: str, classes: list[dict]) -> None:

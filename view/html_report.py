@@ -1,7 +1,6 @@
 """report.html: an evaluation in one file, which needs neither a server nor other files."""
 
 import base64
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 import ssd
 from coco import CocoAnnotations, scoring
 
-from . import reports
+from . import pictures, reports
 
 FILE_NAME = "report.html"
 # read once: a long run must not meet another version of them
@@ -122,18 +121,15 @@ def as_figure(value: float | None) -> str:
 
 
 def as_png(chart: Tensor) -> Embedded:
-    image = Image.fromarray(chart.permute(1, 2, 0).numpy())
-    return embed(image.quantize(CHART_COLORS), format="PNG", optimize=True)
+    return embed(pictures.to_image(chart).quantize(CHART_COLORS), format="PNG", optimize=True)
 
 
 def as_jpeg(picture: Tensor) -> Embedded:
-    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    image = pictures.to_image(picture)
     image.thumbnail((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE))
     return embed(image, format="JPEG", quality=PHOTOGRAPH_QUALITY, optimize=True)
 
 
 def embed(image: Image.Image, **settings) -> Embedded:
-    file = io.BytesIO()
-    image.save(file, **settings)
-    content = base64.b64encode(file.getvalue()).decode()
+    content = base64.b64encode(pictures.encode(image, **settings)).decode()
     return Embedded(f"data:image/{settings['format'].lower()};base64,{content}", *image.size)

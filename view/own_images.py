@@ -1,6 +1,5 @@
 """``evaluate.py --images``: detections on images without annotations, as pictures and as json."""
 
-import io
 import re
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy import ndarray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.models.detection import SSD300_VGG16_Weights
@@ -119,9 +117,7 @@ def as_line(described: dict) -> str:
 def to_png(image: ndarray, detections: ndarray, names: dict[int, str], min_score: float) -> bytes:
     """The file of ``draw``; compressed little, since that takes longer than to detect."""
     picture = draw(image, detections, names, min_score)
-    file = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, format="PNG", compress_level=1)
-    return file.getvalue()
+    return pictures.encode(pictures.to_image(picture), format="PNG", compress_level=1)
 
 
 def draw(image: ndarray, detections: ndarray, names: dict[int, str], min_score: float) -> Tensor:

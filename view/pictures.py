@@ -1,6 +1,7 @@
 """Pictures for people: boxes with class names and scores on images."""
 
 import colorsys
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -110,4 +111,16 @@ def grid(pictures: Sequence[Tensor], columns: int) -> Tensor:
 
 
 def save_png(picture: Tensor, path) -> None:
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    to_image(picture).save(path)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """Pillow's, of a picture [3, H, W]."""
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+def encode(image: Image.Image, **settings) -> bytes:
+    """The file of an image, with Pillow's settings for it."""
+    file = io.BytesIO()
+    image.save(file, **settings)
+    return file.getvalue()

@@ -44,11 +44,18 @@ def choose_images(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, nu
     return order[:number].tolist()
 
 
+def which_are_missed(
+    annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, chosen: slice = slice(None)
+) -> ndarray:
+    """Of all objects, or those ``chosen``, which no detection of ``MIN_SHOWN_SCORE`` has found, but no crowds: bool."""
+    found = diagnosis.found[diagnosis.detections[:, 5] >= MIN_SHOWN_SCORE]
+    return ~annotations.is_crowd[chosen] & ~np.isin(annotations.annotation_ids[chosen], found)
+
+
 def count_mistakes(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis) -> tuple[ndarray, ndarray]:
     """How many objects were missed and how many detections are false, at ``MIN_SHOWN_SCORE``: int64 [images] each."""
+    missed_until = np.concatenate(([0], which_are_missed(annotations, diagnosis).cumsum()))[annotations.offsets]
     is_shown = diagnosis.detections[:, 5] >= MIN_SHOWN_SCORE
-    is_missed = ~annotations.is_crowd & ~np.isin(annotations.annotation_ids, diagnosis.found[is_shown])
-    missed_until = np.concatenate(([0], is_missed.cumsum()))[annotations.offsets]
     false_in = diagnosis.detections[is_shown & diagnosis.is_false, 0]
     order = np.argsort(annotations.image_ids)
     false = np.bincount(
@@ -64,9 +71,9 @@ def find_mistakes(
     span = slice(*annotations.offsets[row : row + 2])
     detections = diagnosis.detections
     is_shown = detections[:, 5] >= MIN_SHOWN_SCORE
-    is_missed = ~annotations.is_crowd[span] & ~np.isin(annotations.annotation_ids[span], diagnosis.found[is_shown])
     is_false = is_shown & diagnosis.is_false & (detections[:, 0] == annotations.image_ids[row])
-    missed, false = annotations.category_ids[span][is_missed], detections[is_false, 6]
+    missed = annotations.category_ids[span][which_are_missed(annotations, diagnosis, span)]
+    false = detections[is_false, 6]
     return tuple(Counter(annotations.categories[i] for i in ids.tolist()) for ids in (missed, false))
 
 
@@ -129,11 +136,10 @@ def draw_objects(
 ) -> Tensor:
     """The ground truth of an image; what no detection found is marked as missed."""
     span = slice(*annotations.offsets[row : row + 2])
-    found = diagnosis.found[diagnosis.detections[:, 5] >= MIN_SHOWN_SCORE]
-    is_found = np.isin(annotations.annotation_ids[span], found)
+    is_missed = which_are_missed(annotations, diagnosis, span)
     notes = [
-        " (crowd)" if is_crowd else "" if was_found else " (missed)"
-        for is_crowd, was_found in zip(annotations.is_crowd[span], is_found, strict=True)
+        " (crowd)" if is_crowd else " (missed)" if was_missed else ""
+        for is_crowd, was_missed in zip(annotations.is_crowd[span], is_missed, strict=True)
     ]
     boxes = annotations.boxes[span] * scale
     return draw(annotations, image, boxes, annotations.category_ids[span], notes, "ground truth")

@@ -1,5 +1,6 @@
 """Exported files in the place of a model."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -164,19 +165,18 @@ def test_a_file_without_its_metadata_is_refused(tmp_path, change):
         exported.open_exported(str(path))
 
 
-def test_other_outputs_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("part", "detections", "has no output boxes, counts, labels, scores"),
+        ("size", "300", r"takes images of the shape \('batch', 3, 64, 64\), not .* 300"),
+    ],
+)
+def test_a_file_that_is_not_as_its_metadata_say_is_refused(tmp_path, key, value, message):
     path = tmp_path / "model.onnx"
     export(path, "raw")
-    save_changed(path, put("part", "detections"))
-    with pytest.raises(ValueError, match=rf"{path}: has no output boxes, counts, labels, scores"):
-        exported.open_exported(str(path))
-
-
-def test_another_size_is_refused(tmp_path):
-    path = tmp_path / "model.onnx"
-    export(path, "raw")
-    save_changed(path, put("size", "300"))
-    with pytest.raises(ValueError, match=rf"{path}: takes images of the shape \('batch', 3, 64, 64\), not .* 300"):
+    save_changed(path, put(key, value))
+    with pytest.raises(ValueError, match=rf"{path}: {message}"):
         exported.open_exported(str(path))
 
 
@@ -251,6 +251,6 @@ def test_a_pt2_file_of_others_is_refused(tmp_path):
 
 def test_without_onnxruntime_it_is_named(tmp_path, monkeypatch):
     (tmp_path / "model.onnx").touch()
-    monkeypatch.setattr(exported.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"model\.onnx: .* pip install onnxruntime"):
         exported.open_exported(str(tmp_path / "model.onnx"))
