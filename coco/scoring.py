@@ -253,13 +253,18 @@ def meaning(name: str) -> tuple[str, str, str, str]:
     return kind, iou, area, detail if detail in ("1", "10") else "100"
 
 
-def format_class_table(metrics: dict, at_most: int = 20) -> str:
-    """AP, AP50 and counts of each class, best first; of more than ``at_most`` classes the best and the worst half."""
+def best_first(metrics: dict) -> list[tuple[str, dict]]:
+    """The classes and what is known of each, by AP; last those that have none."""
 
     def ap(row: tuple[str, dict]) -> float:
         return -1 if row[1]["AP"] is None else row[1]["AP"]
 
-    rows = sorted(metrics["per_class"].items(), key=ap, reverse=True)
+    return sorted(metrics["per_class"].items(), key=ap, reverse=True)
+
+
+def format_class_table(metrics: dict, at_most: int = 20) -> str:
+    """AP, AP50 and counts of each class, best first; of more than ``at_most`` classes the best and the worst half."""
+    rows = best_first(metrics)
     width = max(len(name) for name, _ in rows)
     lines = [f"{'class':{width}}     AP   AP50    boxes  detections"]
     for name, row in rows:

@@ -108,10 +108,10 @@ def class_rows(metrics: dict) -> list[dict]:
     """A row of the table for each class, the best first: by heading its name and numbers, None where unknown."""
     voc = metrics.get("VOC", {}).get("per_class")
     rows = []
-    for name, one in metrics["per_class"].items():
+    for name, one in scoring.best_first(metrics):
         voc_ap = {"VOC AP": voc[name]["AP"]} if voc else {}
         rows.append({"class": name, "AP": one["AP"], "AP50": one["AP50"], **voc_ap, **one})
-    return sorted(rows, key=lambda row: -1 if row["AP"] is None else row["AP"], reverse=True)
+    return rows
 
 
 def as_figure(value: float | None) -> str:

@@ -64,19 +64,6 @@ def count_mistakes(annotations: CocoAnnotations, diagnosis: scoring.Diagnosis) -
     return np.diff(missed_until), false
 
 
-def find_mistakes(
-    annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, row: int
-) -> tuple[Counter[str], Counter[str]]:
-    """What ``count_mistakes`` counts on an image, by class names: missed objects, and false detections."""
-    span = slice(*annotations.offsets[row : row + 2])
-    detections = diagnosis.detections
-    is_shown = detections[:, 5] >= MIN_SHOWN_SCORE
-    is_false = is_shown & diagnosis.is_false & (detections[:, 0] == annotations.image_ids[row])
-    missed = annotations.category_ids[span][which_are_missed(annotations, diagnosis, span)]
-    false = detections[is_false, 6]
-    return tuple(Counter(annotations.categories[i] for i in ids.tolist()) for ids in (missed, false))
-
-
 def draw_worst(
     annotations: CocoAnnotations, images_dir: Path | None, diagnosis: scoring.Diagnosis
 ) -> dict[int, Example]:
@@ -106,37 +93,31 @@ def draw_images(
 def draw_example(
     annotations: CocoAnnotations, images_dir: Path | None, diagnosis: scoring.Diagnosis, row: int
 ) -> Example:
-    missed, false = find_mistakes(annotations, diagnosis, row)
+    span = slice(*annotations.offsets[row : row + 2])
+    is_missed = which_are_missed(annotations, diagnosis, span)
+    detections = diagnosis.detections
+    shown = np.flatnonzero((detections[:, 0] == annotations.image_ids[row]) & (detections[:, 5] >= MIN_SHOWN_SCORE))
+    missed = count_by_class(annotations, annotations.category_ids[span][is_missed])
+    false = count_by_class(annotations, detections[shown[diagnosis.is_false[shown]], 6])
     caption = f"detections, score >= {MIN_SHOWN_SCORE}: {missed.total()} missed, {false.total()} false"
     drawn, fault = None, "its folder is not known"
     if images_dir is not None:
         try:
-            drawn, fault = draw_pair(annotations, images_dir, diagnosis, row, caption), ""
+            image, scale = pictures.fit_for_viewing(load_image(annotations, images_dir, row)[..., :3])
         except DataError as error:
             fault = str(error)
+        else:
+            objects = draw_objects(annotations, span, is_missed, image, scale)
+            drawn, fault = (objects, draw_detections(annotations, diagnosis, shown, image, scale, caption)), ""
     return Example(annotations.file_name(row), missed, false, drawn, fault)
 
 
-def draw_pair(
-    annotations: CocoAnnotations, images_dir: Path, diagnosis: scoring.Diagnosis, row: int, caption: str
-) -> tuple[Tensor, Tensor]:
-    """Ground truth and detections.
-
-    Raises:
-        DataError: the image cannot be read.
-    """
-    image = load_image(annotations, images_dir, row)[..., :3]
-    image, scale = pictures.fit_for_viewing(image)
-    objects = draw_objects(annotations, diagnosis, row, image, scale)
-    return objects, draw_detections(annotations, diagnosis, row, image, scale, caption)
+def count_by_class(annotations: CocoAnnotations, category_ids: ndarray) -> Counter[str]:
+    return Counter(annotations.categories[i] for i in category_ids.tolist())
 
 
-def draw_objects(
-    annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, row: int, image: ndarray, scale: float
-) -> Tensor:
-    """The ground truth of an image; what no detection found is marked as missed."""
-    span = slice(*annotations.offsets[row : row + 2])
-    is_missed = which_are_missed(annotations, diagnosis, span)
+def draw_objects(annotations: CocoAnnotations, span: slice, is_missed: ndarray, image: ndarray, scale: float) -> Tensor:
+    """The ground truth of an image, the objects of ``span``; those that no detection found are marked."""
     notes = [
         " (crowd)" if is_crowd else " (missed)" if was_missed else ""
         for is_crowd, was_missed in zip(annotations.is_crowd[span], is_missed, strict=True)
@@ -146,14 +127,18 @@ def draw_objects(
 
 
 def draw_detections(
-    annotations: CocoAnnotations, diagnosis: scoring.Diagnosis, row: int, image: ndarray, scale: float, caption: str
+    annotations: CocoAnnotations,
+    diagnosis: scoring.Diagnosis,
+    shown: ndarray,
+    image: ndarray,
+    scale: float,
+    caption: str,
 ) -> Tensor:
-    """The detections in an image, the surest on top; the false ones are marked."""
+    """The detections of the rows ``shown`` in their image, the surest on top; the false ones are marked."""
     detections = diagnosis.detections
-    chosen = np.flatnonzero((detections[:, 0] == annotations.image_ids[row]) & (detections[:, 5] >= MIN_SHOWN_SCORE))
-    chosen = chosen[np.argsort(detections[chosen, 5])]
-    notes = [f" {detections[i, 5]:.2f}" + (" (false)" if diagnosis.is_false[i] else "") for i in chosen]
-    return draw(annotations, image, detections[chosen, 1:5] * scale, detections[chosen, 6], notes, caption)
+    shown = shown[np.argsort(detections[shown, 5])]
+    notes = [f" {detections[i, 5]:.2f}" + (" (false)" if diagnosis.is_false[i] else "") for i in shown]
+    return draw(annotations, image, detections[shown, 1:5] * scale, detections[shown, 6], notes, caption)
 
 
 def draw(annotations: CocoAnnotations, image: ndarray, boxes, category_ids, notes: list[str], caption: str) -> Tensor:
